@@ -1,0 +1,137 @@
+"""The `maskgit` command: imports the subcommand asked for, and makes exit statuses of errors."""
+
+import argparse
+import errno
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from importlib import import_module
+from types import FrameType, ModuleType
+from typing import NoReturn
+
+from maskgit.common import UserError, nearest
+
+COMMANDS = ("sample", "edit", "train", "doctor")  # each a module of this package
+
+# What a full or a locked disk says: no bug, so no traceback.
+DISK = {errno.EACCES: 2, errno.EPERM: 2, errno.EROFS: 2, errno.ENOSPC: 1, errno.EDQUOT: 1}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UserErrors and whose help starts with an example."""
+
+    def __init__(self, prog: str, example: str, description: str) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False)
+        self.example = example
+
+    def format_help(self) -> str:
+        return f"example: {self.example}\n\n{super().format_help()}"
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def check_options(self, arguments: Sequence[str]) -> None:
+        """UserError for an option that the parser does not know, naming the nearest it does."""
+        known = self._option_string_actions
+        for argument in arguments:
+            if argument == "--":
+                return
+            option = argument.partition("=")[0]
+            if (
+                re.match("--.|-[A-Za-z]", option)
+                and option not in known
+                and option[:2] not in known
+            ):
+                hint = nearest(option, (name for name in known if name.startswith("--")))
+                raise UserError(f"{self.prog} has no option {option}: {hint}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `maskgit ARGUMENTS` (by default the process's own) and return its exit status.
+
+    0: done as asked. 2: a mistake in the command, the config or the input, told in one line.
+    130: interrupted. 143: terminated. 1, with a traceback: anything else.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        try:
+            return dispatch(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
+    except UserError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        _close_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        if error.filename is None:
+            _close_output()
+        where = error.filename or "the output"
+        return _fail(f"cannot write {where}: {error.strerror}", DISK[error.errno])
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Parse the arguments and run the command that they name."""
+    if not arguments:
+        raise UserError(f"which command? maskgit {{{','.join(COMMANDS)}}} (see maskgit --help)")
+    name, *rest = arguments
+    if name in COMMANDS:
+        command = load(name)
+        parser = Parser(f"maskgit {name}", command.EXAMPLE, command.HELP)
+        command.add_arguments(parser)
+        parser.check_options(rest)
+        return command.run(parser.parse_intermixed_args(rest)) or 0
+    if name in ("-h", "--help"):
+        print(overview())
+        return 0
+    if name == "--version":
+        import maskgit
+
+        print(f"maskgit {maskgit.__version__}")
+        return 0
+    what = "option" if name.startswith("-") else "command"
+    raise UserError(f"unknown {what} {name!r}: {nearest(name, (*COMMANDS, '--help', '--version'))}")
+
+
+def load(name: str) -> ModuleType:
+    """The module of a command."""
+    return import_module(f"maskgit.commands.{name}")
+
+
+def overview() -> str:
+    """What `maskgit --help` prints."""
+    commands = [f"  {name:<8}{load(name).HELP}" for name in COMMANDS]
+    return "\n".join(
+        [
+            f"example: {load(COMMANDS[0]).EXAMPLE}",
+            "",
+            "usage: maskgit COMMAND [options]",
+            "",
+            "commands:",
+            *commands,
+            "",
+            "maskgit COMMAND --help tells the rest; maskgit --version the version.",
+        ]
+    )
+
+
+def _fail(message: object, status: int) -> int:
+    print("maskgit:", " ".join(str(message).splitlines()), file=sys.stderr)
+    return status
+
+
+def _close_output() -> None:
+    """Send what stdout still holds nowhere, or Python complains at exit that it cannot write it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)  # as an exception, so that half-written files are removed

@@ -1,0 +1,218 @@
+"""`maskgit sample`: images of classes."""
+
+import argparse
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskgit.commands import shared
+from maskgit.common import UserError
+from maskgit.common.folder import write_json
+from maskgit.common.progress import meter
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from maskgit.pipeline import Pipeline
+    from maskgit.trace import Step
+
+HELP = "make images of classes"
+EXAMPLE = "maskgit sample --class cat-face --num 8 --out cats.png"
+
+NUM = 4  # images of a class
+FIRST = 8  # classes shown by a model that names none to show
+TRACED = 8  # images in a trace
+NOT_WRITTEN = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    shared.add_model_options(parser)
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        nargs="+",
+        action="extend",
+        metavar="CLASS",
+        help="names or numbers, with commas or spaces between them; or all (a varied choice)",
+    )
+    parser.add_argument(
+        "--num", type=shared.at_least(1), default=NUM, help=f"images of each ({NUM})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; +1 for each (0)")
+    parser.add_argument("--batch-size", type=shared.at_least(1), default=64, help="at once (64)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples.png"),
+        help="a .png for a labelled sheet, or a folder for PNGs and metadata.json (samples.png)",
+    )
+    parser.add_argument(
+        "--trace", action="store_true", help=f"also show each step of the first {TRACED} images"
+    )
+    shared.add_sampling_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check, sample, write, and print time, rate and, on the last line, the path."""
+    as_sheet = args.out.suffix.lower() == ".png"
+    check_output(args.out, as_sheet)
+    pipe = shared.load_pipeline(args)
+    ids = [i for i in chosen_classes(pipe, args.classes) for _ in range(args.num)]
+    settings = pipe.settings(shared.sampling_settings(args))
+    steps: list[Step] = []
+    start = time.monotonic()
+    pictures = draw(pipe, ids, args, settings["steps"], steps)
+    files: dict[Path, Image | bytes] = {}
+    if as_sheet:
+        files = {args.out: labelled_sheet(pipe, ids, list(pictures), args, settings)}
+        seconds = time.monotonic() - start
+    else:
+        records = describe(pipe, ids, args, settings)
+        write_folder(args.out, pictures, records)
+        seconds = time.monotonic() - start
+    if args.trace:
+        files |= trace_files(args.out, steps, pipe)
+    if files:
+        from maskgit.sheet import save_all
+
+        save_all(files)
+    rate = f"{len(ids) / seconds:.3g} images/s"
+    print(f"{len(ids)} images in {seconds:.1f} s: {rate} ({shared.computed_on(pipe)})")
+    for path in files:
+        if path != args.out:
+            print(path)
+    print(args.out)
+
+
+def check_output(out: Path, as_sheet: bool) -> None:
+    """Raise UserError for an output that cannot be written, before the work is done."""
+    if out.suffix.lower() in NOT_WRITTEN:
+        raise UserError(f"--out {out}: images are written as .png, or as PNGs into a folder")
+    if as_sheet or not out.is_dir():
+        shared.check_writable(out)
+    elif any(out.iterdir()):
+        raise UserError(f"--out {out}: the folder is not empty: name another, or empty it")
+    else:
+        shared.check_writable(out / "metadata.json")
+    if not as_sheet and out.is_file():
+        raise UserError(f"--out {out} is a file: name a .png for a sheet, or another folder")
+
+
+def chosen_classes(pipe: "Pipeline", classes: list[str] | None) -> list[int | None]:
+    """The class numbers that the option asks for; without it, some that show what there is."""
+    if not pipe.labels and not classes:
+        return [None]
+    if not classes:
+        return pipe.showcase or list(range(min(FIRST, len(pipe.labels))))
+    names = []
+    for text in classes:  # a name may have a comma of its own
+        names += [text] if text in pipe.labels else [t.strip() for t in text.split(",")]
+    if names == ["all"]:
+        return list(range(len(pipe.labels)))
+    return pipe.label_ids([name for name in names if name])
+
+
+def draw(
+    pipe: "Pipeline",
+    ids: list[int | None],
+    args: argparse.Namespace,
+    steps: int,
+    traced: "list[Step]",
+) -> "Iterator[Image]":
+    """The pictures one after the other. Puts the steps of the first ones into `traced`."""
+    from maskgit.sheet import to_pictures
+    from maskgit.trace import Step
+
+    starts = range(0, len(ids), args.batch_size)
+    with meter(len(starts) * steps, "sampling", "steps") as advance:
+
+        def on_step(step: int, *state: Any) -> None:
+            if len(traced) < steps:
+                traced.append(Step(step, *(tensor[:TRACED] for tensor in state)))
+            advance()
+
+        for start in starts:
+            images = pipe.sample(
+                ids[start : start + args.batch_size],
+                seed=args.seed + start,
+                batch_size=args.batch_size,
+                on_step=on_step,
+                **shared.sampling_settings(args),
+            )
+            yield from to_pictures(images)
+
+
+def name_of(pipe: "Pipeline", label: int | None) -> str:
+    return "image" if label is None else pipe.labels[label]
+
+
+def labelled_sheet(
+    pipe: "Pipeline",
+    ids: list[int | None],
+    pictures: "list[Image]",
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+) -> "Image":
+    """A sheet with the images of each class under its name."""
+    from maskgit.sheet import sheet
+
+    groups = [
+        (name_of(pipe, ids[i]), pictures[i : i + args.num]) for i in range(0, len(ids), args.num)
+    ]
+    guidance = f"guidance {settings['guidance']:g}"
+    return sheet(groups, f"{args.model}: {settings['steps']} steps, {guidance}, seed {args.seed}")
+
+
+def describe(
+    pipe: "Pipeline", ids: list[int | None], args: argparse.Namespace, settings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """For each image: its file, class, seed, and what it takes to make it again."""
+    model = {"source": args.model, "sha256": shared.model_hashes(args.model)}
+    computed = {"dtype": str(pipe.dtype).removeprefix("torch."), "device": str(pipe.device)}
+    records = []
+    for i, label in enumerate(ids):
+        slug = re.sub(r"[^\w.-]+", "-", name_of(pipe, label))
+        records.append(
+            {
+                "file": f"{i:06}_{slug}.png",
+                "class": None if label is None else pipe.labels[label],
+                "label": label,
+                "seed": args.seed + i,
+                "settings": {**settings, **computed},
+                "model": model,
+            }
+        )
+    return records
+
+
+def write_folder(folder: Path, pictures: "Iterable[Image]", records: list[dict[str, Any]]) -> None:
+    """Write the images and metadata.json: into a neighbour first, which then takes the name."""
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".maskgit-", dir=folder.parent))
+    try:
+        for picture, record in zip(pictures, records, strict=True):
+            picture.save(scratch / record["file"])
+        write_json(scratch / "metadata.json", {"format_version": 1, "images": records})
+        scratch.chmod(0o755)  # mkdtemp's are for their owner alone
+        scratch.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def trace_files(out: Path, steps: "list[Step]", pipe: "Pipeline") -> "dict[Path, Image | bytes]":
+    """The steps as a strip and as an animation, to be written beside `out`."""
+    from maskgit.trace import save_gif, strip
+
+    with tempfile.TemporaryDirectory() as scratch:
+        gif = Path(scratch, "trace.gif")
+        save_gif(gif, steps, pipe.render)
+        stem = out.stem if out.suffix.lower() == ".png" else out.name
+        return {
+            out.with_name(f"{stem}_trace.png"): strip(steps, pipe.render),
+            out.with_name(f"{stem}_trace.gif"): gif.read_bytes(),
+        }

@@ -1,0 +1,48 @@
+"""`maskgit train`: a tokenizer or a transformer, from a config and `key=value` settings."""
+
+import argparse
+import time
+from pathlib import Path
+
+from maskgit.common import UserError
+
+HELP = "train a tokenizer or a transformer"
+EXAMPLE = "maskgit train emoji_vqgan --smoke"
+
+# In a checkout the configs stand beside the package, in the wheel inside it.
+CONFIGS = [Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file, or the name of one that comes along")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="in place of the config's own, such as run=FOLDER data.path=FOLDER train.steps=100",
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny settings: under a minute")
+
+
+def run(args: argparse.Namespace) -> int:
+    from maskgit import runs
+    from maskgit.engine.config import parse_overrides, read_yaml
+    from maskgit.engine.loop import Stopped
+
+    content = read_yaml(args.config, CONFIGS)
+    described, expect = runs.resolve(content, parse_overrides(args.settings), args.smoke)
+    start = time.monotonic()
+    if args.smoke and expect:
+        print(f"expect: {expect}")
+    try:
+        last = runs.start(described)
+    except Stopped as stopped:
+        return stopped.status
+    if not last:
+        print(f"{described.run} has finished its {described.train.steps} steps: nothing to do")
+        return 0
+    if "loss" not in last:
+        raise UserError("train.log_every=0 leaves nothing to report: set it above 0")
+    print(f"reached: loss {last['loss']:.3f} in {time.monotonic() - start:.0f} s")
+    print(Path(described.run) / "export")
+    return 0

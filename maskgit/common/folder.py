@@ -1,0 +1,148 @@
+"""Models on disk: a folder with `config.json` and `model.safetensors`, found by path or by name."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from maskgit.common.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT_VERSION = 1
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+BUNDLED = {"emoji": ASSETS / "emoji"}  # models that travel with the project, by name
+
+C = TypeVar("C")
+
+
+def find(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: a local folder, a bundled name ("emoji"), or a hub id ("user/name").
+
+    A local folder comes first. A hub id is looked up in the offline cache, then on the network.
+    Raises UserError when none of the three has it.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if str(source) in BUNDLED:
+        return BUNDLED[str(source)]
+    if path.is_file():
+        raise UserError(f"{source} is a file, not a model folder (config.json, model.safetensors)")
+    name = str(source)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _download(name, revision)
+    raise UserError(f"no model at {source}: not a folder, and {nearest(name, BUNDLED)}")
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*/config.json", "*.safetensors", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise UserError(
+            f"no folder {name} here, and the hub did not give it ({reason}): "
+            f"fetch the repository's files elsewhere and pass the folder they are in"
+        ) from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; UserError when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} is not a complete model") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): fetch it again") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON as a whole or not at all: to a neighbour, then renamed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def build_config(cls: type[C], content: dict[str, Any], where: str | Path) -> C:
+    """A config dataclass from JSON; unknown or missing fields are a UserError that names them."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in content:
+        if key not in fields:
+            raise UserError(f"{where}: {cls.__name__} has no field {key!r}: {nearest(key, fields)}")
+    try:
+        return cls(**content)
+    except TypeError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def save_module(folder: str | Path, module: "nn.Module", config: Any, half: bool = False) -> None:
+    """Write `config.json` and `model.safetensors` (float16 if `half`) into `folder`."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        k: (v.half() if half and v.is_floating_point() else v).cpu().contiguous()
+        for k, v in module.state_dict().items()
+    }
+    partial = folder / f".model.safetensors.{os.getpid()}"
+    save_file(state, partial)
+    partial.chmod(0o644)  # safetensors writes 0600, and folders are to be shared
+    partial.replace(folder / "model.safetensors")
+    write_json(
+        folder / "config.json", {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
+    )
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file; UserError when it is missing, empty or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {path.parent} is not a complete model")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is empty, truncated or foreign ({error}): fetch it again"
+        ) from None
+
+
+def load_module(folder: str | Path, module_cls: Any, config_cls: type[C]) -> Any:
+    """`module_cls(config)` from a folder, in fp32 and eval mode; strict about every tensor."""
+    folder = Path(folder)
+    content = read_json(folder / "config.json")
+    version = content.pop("format_version", None) if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{folder}/config.json: format_version {version} is not {FORMAT_VERSION}")
+    module = module_cls(build_config(config_cls, content, folder / "config.json"))
+    load_weights(module, load_state(folder / "model.safetensors"), folder)
+    return module.eval()
+
+
+def load_weights(module: "nn.Module", state: dict[str, Any], where: str | Path) -> None:
+    """Copy `state` into `module`: same names, same shapes, nothing left over, or a UserError."""
+    own = module.state_dict()
+    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape]
+    left = [k for k in state if k not in own]
+    if wrong or left:
+        listed = ", ".join((wrong + left)[:4])
+        raise UserError(
+            f"{where}: the weights do not fit {type(module).__name__} "
+            f"({len(wrong)} missing or of another shape, {len(left)} left over: {listed})"
+        )
+    module.load_state_dict(state)

@@ -1,0 +1,1 @@
+"""The training engine: runs any task, knows none."""

@@ -1,0 +1,252 @@
+"""The training loop. It knows devices, optimizers, averages and checkpoints, and no task.
+
+A task gives its `parts` (modules by name, the first of them the model that is averaged and
+exported), a `step` that yields one (part, loss, logs) per optimizer update, `validate`, `draw`
+and `export`. So the two optimizers of a GAN are two yields, not a special case.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from maskgit.common import UserError
+from maskgit.common.device import pick_device, pick_dtype
+from maskgit.common.progress import meter
+from maskgit.engine import checkpoint
+from maskgit.engine.ema import EMA
+from maskgit.engine.optim import decay_groups, warmup_cosine
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class TrainConfig:
+    """How any task is trained. Intervals are in steps; 0 switches one off."""
+
+    steps: int = 1000
+    batch_size: int = 32
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.96])
+    weight_decay: float = 0.045
+    warmup: int = 100
+    final_lr: float = 0.0  # share of `lr` that is left at the last step
+    clip: float = 1.0  # largest norm of each part's gradient
+    ema: float = 0.999
+    seed: int = 0
+    log_every: int = 50
+    validate_every: int = 500
+    draw_every: int = 500
+    save_every: int = 500
+    keep_last: int = 2
+    device: str = "auto"
+    dtype: str = "auto"  # of the forward pass; weights and their updates are fp32
+
+
+class Task(Protocol):
+    parts: dict[str, nn.Module]
+
+    def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]: ...
+
+    def validate(self, model: Any, batches: Iterable[Batch]) -> dict[str, float]: ...
+
+    def draw(self, model: Any, batch: Batch) -> Tensor: ...
+
+    def export(self, model: Any, folder: Path) -> None: ...
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C arrived; everything is saved."""
+
+    def __init__(self, number: int) -> None:
+        self.status = 128 + number
+
+
+def mixed(seed: int, step: int) -> int:
+    """A seed for one step: all that is random in a step follows from it, also after a resume."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 1) & (2**63 - 1)
+
+
+def train(
+    task: Task,
+    batches: Callable[[int], Iterator[Batch]],
+    validation: dict[str, Callable[[], Iterable[Batch]]],
+    config: TrainConfig,
+    run: Path,
+    log: Callable[[str], None] = print,
+) -> dict[str, float]:
+    """Train up to `config.steps`, from the newest complete checkpoint of the folder `run` if any.
+
+    `batches(step)` gives the batches from that step on; `validation` names sets, each a function
+    that gives the same batches at each call. Writes `metrics.jsonl`, `samples/`, `checkpoints/`,
+    TensorBoard's events and, at the end and at each save, `export/`. Returns the last metrics.
+    Raises Stopped after a signal, once all is saved.
+    """
+    device = pick_device(config.device)
+    bf16 = pick_dtype(config.dtype, device) == torch.bfloat16
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no")
+    state = _State(task, config, accelerator)
+    start = state.resume(run, log)
+    stop = _catch_signals()
+    journal = _Journal(run)
+    last: dict[str, float] = {}
+    with meter(config.steps, "step", done=start) as advance:
+        stream = batches(start)
+        since, images = time.monotonic(), 0
+        for step in range(start, config.steps):
+            batch = {k: v.to(accelerator.device) for k, v in next(stream).items()}
+            logs = state.update(batch, step)
+            images += len(next(iter(batch.values())))
+            done = step + 1
+            if _due(done, config.log_every, config.steps):
+                last = {k: float(v) for k, v in logs.items()}
+                last["images_per_second"] = images / (time.monotonic() - since)
+                since, images = time.monotonic(), 0
+                journal.write(done, last)
+            advance(note=f"loss {last['loss']:.4f}" if "loss" in last else "")
+            if _due(done, config.validate_every, config.steps):
+                for name, make in validation.items():
+                    scores = task.validate(state.ema.module, _on(make(), accelerator.device))
+                    last |= {f"{name}/{k}": v for k, v in scores.items()}
+                journal.write(done, {k: v for k, v in last.items() if "/" in k})
+                log(f"step {done}: " + _line(last))
+            if _due(done, config.draw_every, config.steps):
+                journal.picture(done, task.draw(state.ema.module, batch))
+            if _due(done, config.save_every, config.steps) or stop:
+                state.save(run, done)
+                task.export(state.ema.module, run / "export")
+            if stop:
+                log(f"stopped by a signal; saved at step {done}")
+                raise Stopped(stop[0])
+            since = since if images else time.monotonic()  # validation is not training time
+    return last
+
+
+class _State:
+    """Everything that a checkpoint holds: parts, their optimizers, the average."""
+
+    def __init__(self, task: Task, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.task, self.config, self.accelerator = task, config, accelerator
+        for part in task.parts.values():
+            part.to(accelerator.device).train()
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                decay_groups(part, config.weight_decay),
+                lr=config.lr,
+                betas=(config.betas[0], config.betas[1]),
+                fused=True,
+            )
+            for name, part in task.parts.items()
+            if any(p.requires_grad for p in part.parameters())
+        }
+        self.model = next(iter(task.parts.values()))
+        self.ema = EMA(self.model, config.ema)
+
+    def update(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """One step: each update that the task yields, then the average."""
+        config = self.config
+        torch.manual_seed(mixed(config.seed, step))
+        factor = warmup_cosine(step, config.warmup, config.steps, config.final_lr)
+        merged: dict[str, Tensor] = {}
+        with self.accelerator.autocast():
+            for name, loss, logs in self.task.step(batch, step):
+                optimizer = self.optimizers[name]
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * factor
+                self.accelerator.backward(loss)
+                parameters = [p for p in self.task.parts[name].parameters() if p.requires_grad]
+                norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+                if not torch.isfinite(norm):
+                    ids = batch["index"].tolist() if "index" in batch else "unknown"
+                    raise UserError(
+                        f"the loss or gradient of {name} is not finite at step {step} (samples "
+                        f"{ids}): the last checkpoint is kept; lower train.lr or check the data"
+                    )
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                merged |= {**logs, f"gradient_{name}": norm}
+        self.ema.update(self.model, step)
+        merged["lr"] = torch.tensor(config.lr * factor)
+        return merged
+
+    def save(self, run: Path, step: int) -> None:
+        state = {name: part.state_dict() for name, part in self.task.parts.items()}
+        state |= {f"optim-{k}": checkpoint.flatten(o) for k, o in self.optimizers.items()}
+        state["average"] = self.ema.module.state_dict()
+        checkpoint.save(run / "checkpoints", step, state, {}, self.config.keep_last)
+
+    def resume(self, run: Path, log: Callable[[str], None]) -> int:
+        """Load the newest complete checkpoint of `run`; returns the step to go on with."""
+        found = checkpoint.newest(run / "checkpoints")
+        if found is None:
+            return 0
+        state, manifest, skipped = found
+        for why in skipped:
+            log(f"checkpoint skipped: {why}")
+        for name, part in self.task.parts.items():
+            part.load_state_dict(state[name])
+        for name, optimizer in self.optimizers.items():
+            checkpoint.unflatten(optimizer, state.get(f"optim-{name}", {}))
+        self.ema.module.load_state_dict(state["average"])
+        log(f"resuming {run} at step {manifest['step']}")
+        return manifest["step"]
+
+
+class _Journal:
+    """metrics.jsonl, pictures, and the same for TensorBoard."""
+
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        self.run = run
+        self.board = SummaryWriter(str(run / "tensorboard"))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with (self.run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.board.flush()
+
+    def picture(self, step: int, image: Tensor) -> None:
+        """`image` (3, H, W) in [0, 1]."""
+        from torchvision.utils import save_image
+
+        save_image(image, self.run / "samples" / f"step_{step:08d}.png")
+        self.board.add_image("samples", image.cpu(), step)
+
+
+def _due(done: int, every: int, steps: int) -> bool:
+    return every > 0 and (done % every == 0 or done == steps)
+
+
+def _on(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    for batch in batches:
+        yield {k: v.to(device) for k, v in batch.items()}
+
+
+def _line(values: dict[str, float]) -> str:
+    return "  ".join(f"{k} {v:.4g}" for k, v in values.items() if not k.startswith("accuracy_"))
+
+
+def _catch_signals() -> list[int]:
+    """A list that SIGTERM or SIGINT puts its number into; a second one ends the process at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        received.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return received

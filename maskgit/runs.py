@@ -1,0 +1,206 @@
+"""Training runs: what their configs hold, and how a task is joined with its data and the engine."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from maskgit.common import UserError, pick
+from maskgit.common.device import pick_device
+from maskgit.common.folder import file_hash, find, load_state, load_weights
+from maskgit.engine.config import build, differences, merge
+from maskgit.engine.data import DataConfig, ImageSet, batches, in_order, open_images
+from maskgit.engine.loop import Batch, Task, TrainConfig, train
+from maskgit.engine.tokens import cached, fixed_batches, token_batches, tokenize
+from maskgit.model import SIZES, MaskGIT, MaskGITConfig
+from maskgit.task import MaskGITLossConfig, MaskGITTask
+from vqgan import VQGAN, VQGANConfig
+from vqgan.discriminator import DiscriminatorConfig
+from vqgan.task import VQGANLossConfig, VQGANTask
+
+Say = Callable[[str], None]
+Sets = dict[str, Callable[[], Iterable[Batch]]]
+Joined = tuple[Task, Callable[[int], Iterator[Batch]], Sets]
+FREE = {"run", "init", "train.steps", "train.device", "train.keep_last", "data.workers"}
+FREE |= {f"train.{name}_every" for name in ("log", "validate", "draw", "save")}
+
+
+@dataclass
+class Run:
+    """What any run's config holds."""
+
+    task: str = "vqgan"
+    run: str = "runs/new"  # the run's folder
+    init: str | None = None  # a model to start from: folder, bundled name or hub id
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class VQGANRun(Run):
+    model: VQGANConfig = field(default_factory=VQGANConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: VQGANLossConfig = field(default_factory=VQGANLossConfig)
+
+
+@dataclass
+class MaskGITRun(Run):
+    task: str = "maskgit"
+    tokenizer: str = "emoji"  # a folder with a VQGAN, such as RUN/export, or a bundled name
+    size: str | None = None  # one of maskgit.model.SIZES
+    model: MaskGITConfig = field(default_factory=lambda: MaskGITConfig(0, 0, [0, 0]))
+    loss: MaskGITLossConfig = field(default_factory=MaskGITLossConfig)
+    sampling: dict[str, Any] = field(default_factory=dict)  # the model's own sampler settings
+
+
+SCHEMAS = {"vqgan": VQGANRun, "maskgit": MaskGITRun}
+
+
+def resolve(content: dict[str, Any], overrides: DictConfig, smoke: bool) -> tuple[Any, str]:
+    """The run that a YAML file's content and overrides describe, and what its smoke run expects.
+
+    With `smoke`, the file's own `smoke` section of tiny settings comes between the two.
+    """
+    tiny = dict(content.pop("smoke", None) or {})
+    expect = str(tiny.pop("expect", ""))
+    if smoke and not tiny:
+        raise UserError("this config has no smoke section: it has no tiny settings to try")
+    schema = pick(SCHEMAS, str(content.get("task")), "task")
+    layers: list[Any] = [content]
+    if smoke:
+        layers += [tiny, {"run": f"{content.get('run', 'runs/new')}_smoke"}]
+    layers.append(overrides)
+    size = next((layer["size"] for layer in reversed(layers) if layer.get("size")), None)
+    if size is not None:
+        layers.insert(0, {"model": pick(SIZES, str(size), "size")})
+    merged = merge(schema, *layers)
+    if schema is MaskGITRun and any(merged.model[k] for k in ("codebook_size", "num_classes")):
+        raise UserError("model.codebook_size and model.num_classes follow from tokenizer and data")
+    return build(merged), expect
+
+
+def start(run: Any, say: Say = print) -> dict[str, float]:
+    """Train, or go on training, what `run` describes; returns the last metrics."""
+    folder = Path(run.run)
+    check_folder(folder, run)
+    torch.manual_seed(run.train.seed)
+    make: Callable[..., Joined] = vqgan_run if run.task == "vqgan" else maskgit_run
+    task, stream, validation = make(run, folder, say)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+    return train(task, stream, validation, run.train, folder, say)
+
+
+def check_folder(folder: Path, run: Any) -> None:
+    """Refuse to go on with a run that another config began, and a folder that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to run={folder}: {error.strerror}") from None
+    before = folder / "config.yaml"
+    if not before.is_file() or not any((folder / "checkpoints").glob("step_*")):
+        return
+    new = OmegaConf.to_container(OmegaConf.structured(run))
+    changed = [
+        line
+        for line in differences(yaml.safe_load(before.read_text()), new)
+        if line.split(":")[0] not in FREE
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with another config ({'; '.join(changed)}): "
+            f"give run=ANOTHER_FOLDER, or delete this one"
+        )
+
+
+def vqgan_run(run: VQGANRun, folder: Path, say: Say) -> Joined:
+    """The tokenizer's task, its batches of images, and the held-out images."""
+    images, heldout = open_images(run.data), open_images(run.data, "heldout")
+    model = VQGAN(run.model)
+    if any(side % run.model.factor for side in run.data.size):
+        raise UserError(f"data.size={run.data.size} is no multiple of {run.model.factor} pixels")
+    initialise(model, run.init, "vqgan")
+    task = VQGANTask(model, run.loss, run.discriminator, min(run.data.size))
+
+    def stream(step: int) -> Iterator[Batch]:
+        return batches(
+            images,
+            run.train.batch_size,
+            seed=run.train.seed,
+            start_step=step,
+            balanced=run.data.balanced,
+            workers=run.data.workers,
+        )
+
+    return task, stream, {"heldout": lambda: in_order(heldout, 64)}
+
+
+def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
+    """The transformer's task, its batches of cached tokens, and held-out and training tokens."""
+    source = find(run.tokenizer)
+    tokenizer = VQGAN.from_pretrained(source).to(pick_device(run.train.device))
+    if run.tokenizer == "emoji" and run.data.path.partition(":")[0] != "emoji":
+        say(
+            "warning: the bundled tokenizer was trained on emoji; on other pictures it "
+            "reconstructs badly: train one (maskgit train emoji_vqgan data.path=...) and give "
+            "tokenizer=RUN/export"
+        )
+    images, heldout = open_images(run.data), open_images(run.data, "heldout")
+    sets = {
+        name: cached(
+            folder / f"tokens_{name}.safetensors",
+            token_stamp(source, some),
+            partial(tokenize, some, tokenizer.encode, pick_device(run.train.device)),
+        )
+        for name, some in {"train": images, "heldout": heldout}.items()
+    }
+    factor = tokenizer.config.factor
+    run.model.codebook_size = tokenizer.config.codebook_size
+    run.model.num_classes = len(images.classes)
+    run.model.grid = [side // factor for side in run.data.size]
+    run.model.has_null_label = run.loss.label_dropout > 0
+    model = MaskGIT(run.model)
+    initialise(model, run.init, "transformer")
+    task = MaskGITTask(model, run.loss, tokenizer, images.classes, run.sampling)
+
+    def stream(step: int) -> Iterator[Batch]:
+        return token_batches(
+            sets["train"],
+            run.train.batch_size,
+            seed=run.train.seed,
+            start_step=step,
+            balanced=run.data.balanced,
+        )
+
+    same = len(sets["heldout"])
+    validation: Sets = {name: partial(fixed_batches, some, 64, same) for name, some in sets.items()}
+    return task, stream, validation
+
+
+def token_stamp(tokenizer: Path, images: ImageSet) -> dict[str, str]:
+    """What cached tokens depend on."""
+    inner = tokenizer / "vqgan"
+    weights = (inner if inner.is_dir() else tokenizer) / "model.safetensors"
+    config = images.config
+    return {
+        "tokenizer": file_hash(weights),
+        "data": images.fingerprint,
+        "size": str(list(config.size)),
+        "mirror": str((config.mirror, sorted(config.no_mirror))),
+    }
+
+
+def initialise(model: torch.nn.Module, source: str | None, part: str) -> None:
+    """Start from the weights of a model folder, its `part` if it is a pipeline's."""
+    if source is None:
+        return
+    folder = find(source)
+    folder = folder / part if (folder / part).is_dir() else folder
+    load_weights(model, load_state(folder / "model.safetensors"), folder)

@@ -1,0 +1,162 @@
+"""What one training step of the transformer does: mask, predict, compare."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from maskgit import noise
+from maskgit.common import UserError, pick
+from maskgit.masking import random_mask
+from maskgit.model import MaskGIT
+from maskgit.pipeline import Pipeline
+from maskgit.schedule import SCHEDULES
+from vqgan import VQGAN
+
+BINS = ("0-25", "25-50", "50-75", "75-100")  # per cent of an image's tokens that are masked
+Batch = dict[str, Tensor]  # tokens int64 (B, N), label int64 (B,)
+
+
+@dataclass
+class MaskGITLossConfig:
+    """How the transformer is trained."""
+
+    schedule: str = "cosine"  # of the mask ratio
+    unmasked_weight: float = 0.0  # of known tokens in the loss: 0 masked ones only, 1 all alike
+    label_smoothing: float = 0.1
+    label_dropout: float = 0.1  # share of images whose class is hidden, so that guidance works
+
+
+def masked_loss(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    unmasked_weight: float = 0.0,
+    label_smoothing: float = 0.1,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, weighted 1 where masked and `unmasked_weight` elsewhere.
+
+    logits (B, N, K), targets int64 (B, N), mask bool (B, N) -> the weighted sum in nats and the sum
+    of weights, both scalar. Their ratio is the loss of the batch; over several batches, divide the
+    sum of the sums by the sum of the weights.
+    """
+    loss = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=label_smoothing
+    )
+    weight = torch.where(mask, 1.0, unmasked_weight).flatten()
+    return (loss * weight).sum(), weight.sum()
+
+
+def accuracy_by_ratio(hit: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Share of masked tokens predicted right, for images grouped by how much of them is masked.
+
+    hit, mask: bool (B, N). A group without images is NaN.
+    """
+    group = (mask.float().mean(1) * len(BINS)).ceil().long().clamp(min=1) - 1  # (B,)
+    hits, masked = (
+        torch.zeros(len(BINS), device=mask.device).index_add_(0, group, count.sum(1).float())
+        for count in (hit & mask, mask)
+    )
+    return {f"accuracy_{name}": value for name, value in zip(BINS, hits / masked, strict=True)}
+
+
+class MaskGITTask:
+    """Trains a MaskGIT on tokens; device, optimizer and averaged weights are the engine's.
+
+    Batches are dicts of `tokens`, int64 (B, N), and `label`, int64 (B,).
+    """
+
+    def __init__(
+        self,
+        model: MaskGIT,
+        config: MaskGITLossConfig,
+        tokenizer: VQGAN,
+        labels: Sequence[str] = (),
+        sampling: dict[str, Any] | None = None,
+    ) -> None:
+        """`tokenizer`, class names and sampler settings go into what is drawn and exported.
+
+        Raises UserError for a setting out of range, or one that the model was not made for.
+        """
+        pick(SCHEDULES, config.schedule, "schedule")
+        for name in ("unmasked_weight", "label_smoothing", "label_dropout"):
+            if not 0 <= getattr(config, name) <= 1:
+                raise UserError(f"{name}={getattr(config, name)} is not between 0 and 1")
+        if config.label_dropout and model.config.num_classes and model.config.null_label is None:
+            raise UserError("label_dropout needs a model with a null label: set label_dropout=0")
+        self.config, self.model_config = config, model.config
+        self.pipeline = partial(Pipeline, tokenizer, labels=labels, sampling=sampling)
+        self.parts: dict[str, nn.Module] = {"transformer": model}
+
+    def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """The one update of a step: ("transformer", loss, logs). `logs["weight"]` is what the loss
+        weighs when batches are accumulated."""
+        config, model, tokens = self.config, self.parts["transformer"], batch["tokens"]
+        b, n = tokens.shape
+        mask, _ = random_mask((b, n), config.schedule, device=tokens.device)
+        masked = tokens.masked_fill(mask, self.model_config.mask_id)
+        logits = model(masked, self.drop_labels(batch["label"]))  # (B, N, K)
+        total, weight = masked_loss(
+            logits, tokens, mask, config.unmasked_weight, config.label_smoothing
+        )
+        loss = total / weight
+        with torch.no_grad():
+            hit = logits.argmax(-1) == tokens
+            logs = {
+                "loss": loss.detach(),
+                "accuracy": (hit & mask).sum() / mask.sum(),
+                **accuracy_by_ratio(hit, mask),
+                "weight": weight,
+            }
+        yield "transformer", loss, logs
+
+    def drop_labels(self, labels: Tensor) -> Tensor:
+        """Hide the class of a random share of images; labels int64 (B,) in and out."""
+        null_label = self.model_config.null_label
+        if null_label is None:
+            return labels
+        dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
+        return labels.masked_fill(dropped, null_label)
+
+    @torch.no_grad()
+    def validate(self, model: MaskGIT, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss (nats a masked token, no smoothing) and masked accuracy of `model`, in eval mode.
+
+        The masks are the same at each call, so that numbers can be compared over time and models:
+        images take turns at 1/8, 3/8, 5/8 and 7/8 masked, in places that their turn alone decides.
+        """
+        losses, hits, masked, images = 0.0, 0.0, 0.0, 0
+        for batch in batches:
+            tokens = batch["tokens"]
+            b, n = tokens.shape
+            turn = torch.arange(images, images + b, device=tokens.device)
+            count = ((turn % len(BINS) + 0.5) / len(BINS) * n).round().clamp(min=1)  # (B,)
+            rank = noise.uniform(turn, 0, n, noise.TOKEN).argsort(-1).argsort(-1)
+            mask = rank < count[:, None]
+            logits = model(tokens.masked_fill(mask, model.config.mask_id), batch["label"])
+            loss, weight = masked_loss(logits, tokens, mask, label_smoothing=0.0)
+            losses += loss.item()
+            masked += weight.item()
+            hits += ((logits.argmax(-1) == tokens) & mask).sum().item()
+            images += b
+        if not images:
+            raise UserError("there is no image to validate on")
+        return {"loss": losses / masked, "accuracy": hits / masked}
+
+    def draw(self, model: MaskGIT, batch: Batch) -> Tensor:
+        """A sheet (3, H, W) in [0, 1] of 32 samples of `model`: classes spread over all there are,
+        the same seeds each time, so that sheets can be compared over time."""
+        classes = model.config.num_classes
+        labels = [i * classes // 32 for i in range(32)] if classes else None
+        samples = self.pipeline(transformer=model).sample(labels or [None] * 32)
+        return make_grid(samples, nrow=8, pad_value=1.0)
+
+    def export(self, model: MaskGIT, folder: Path) -> None:
+        """Write a whole model folder: the (averaged) transformer, its tokenizer, the labels."""
+        self.pipeline(transformer=model).save_pretrained(folder)

@@ -1,0 +1,59 @@
+"""What several test files share: running the command, and an installation outside the tree."""
+
+import os
+import site
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: one thread a worker
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def execute(*command, cwd, **environment):
+    """Run a command with no input; a CompletedProcess with its output as text."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@pytest.fixture
+def maskgit(tmp_path):
+    """`maskgit(*arguments)` runs the command of this checkout in `tmp_path`."""
+
+    def run(*arguments, cwd=tmp_path):
+        command = (sys.executable, "-m", "maskgit", *arguments)
+        return execute(*command, cwd=cwd, PYTHONPATH=str(ROOT))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def new_environment(tmp_path_factory):
+    """`new_environment()` makes a virtual environment and returns its folder of programs.
+
+    It sees the packages installed beside these tests, which are too large to install again, but
+    not this checkout.
+    """
+
+    def make():
+        folder = tmp_path_factory.mktemp("environment")
+        done = execute(sys.executable, "-m", "venv", folder, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
+        # Of the folders that a path file names, the path files have no effect: among them is the
+        # one that an editable install of this checkout may have left.
+        Path(paths["purelib"], "heavy.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+        return Path(paths["scripts"])
+
+    return make

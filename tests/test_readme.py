@@ -1,0 +1,85 @@
+"""Every command and every Python block of the README runs, in order, in a copy of the tree.
+
+Beside the tree the blocks find what they may name: `photo.png`, and `photos`, a folder of classes.
+Four things differ from what the README says: training is given `--smoke`, `git clone` and `cd` are
+left out since the copy is the clone, `make` uses the environment of these tests instead of
+installing one, and `make test` is only asked what it would do, since this is it.
+"""
+
+import os
+import re
+import shutil
+import sys
+import tarfile
+
+import pytest
+from conftest import ROOT, execute
+
+SHARD = ROOT / "maskgit" / "assets" / "emoji" / "data" / "emoji-heldout.tar"
+COMMAND = re.compile(r"^(\$ )?(maskgit|make|pip|python|git) ", re.MULTILINE)
+
+
+def blocks():
+    """(language, text) of each fenced block."""
+    text = (ROOT / "README.md").read_text()
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def adapted(script):
+    """The script with the differences that the head of this file tells."""
+    script = re.sub(r"^(git clone|cd) .*\n", "", script, flags=re.MULTILINE)
+    script = re.sub(r"\bmaskgit train\b", "maskgit train --smoke", script)
+    script = re.sub(r"\bmake (?=test)", "make -n ", script)
+    return re.sub(r"\bmake (?=\w|-n)", "make -o .venv/.ready ", script)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the tree, with pictures of the bundled set as someone's own."""
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "runs", "out")
+    tree = shutil.copytree(ROOT, tmp_path / "maskgit", ignore=ignore)
+    (tree / ".venv").symlink_to(sys.prefix)
+    with tarfile.open(SHARD) as shard:
+        pictures = [member for member in shard if member.name.endswith(".png")]
+        for i, member in enumerate(pictures[:60]):
+            file = tree / "photos" / "ab"[i % 2] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(shard.extractfile(member).read())
+    shutil.copy(tree / "photos" / "a" / "0.png", tree / "photo.png")
+    return tree
+
+
+def test_commands_are_marked_as_such():
+    unmarked = [text for language, text in blocks() if language not in ("bash", "python")]
+    assert [text for text in unmarked if COMMAND.search(text)] == []
+
+
+def test_adapted():
+    assert adapted("git clone X\ncd maskgit\nmake sample\n") == "make -o .venv/.ready sample\n"
+    assert adapted("make test-slow\n") == "make -o .venv/.ready -n test-slow\n"
+    assert adapted("maskgit train x a=1\n") == "maskgit train --smoke x a=1\n"
+
+
+@pytest.mark.slow
+def test_every_block_runs(copy, new_environment):
+    programs = new_environment()
+    environment = {
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PIP_NO_BUILD_ISOLATION": "0",  # pip's way to say that isolation is off
+    }
+    install = (programs / "python", "-m", "pip", "install", "--no-deps", "--no-index", ".")
+    done = execute(*install, cwd=copy, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    programs_of = {
+        "bash": ("bash", "-euo", "pipefail", "-c"),
+        "python": (programs / "python", "-c"),
+    }
+    run = 0
+    for language, text in blocks():
+        if language in programs_of:
+            script = adapted(text) if language == "bash" else text
+            done = execute(*programs_of[language], script, cwd=copy, **environment)
+            assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+            run += 1
+    assert run >= 2

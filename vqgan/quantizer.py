@@ -1,0 +1,78 @@
+"""Nearest-code lookup: the discrete bottleneck of the tokenizer (van den Oord et al. 2017, 3.1).
+
+How a codebook learns beyond its gradient (moving average, k-means start, restart of dead codes,
+entropy) concerns training only and lives in `codebook.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass
+class QuantizerConfig:
+    """`normalize` compares and returns unit vectors, latents and codes alike (LlamaGen's way)."""
+
+    codebook_size: int = 1024
+    dim: int = 256
+    normalize: bool = False
+
+
+class Quantizer(nn.Module):
+    """A codebook (K, D) and the two directions through it."""
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__()
+        self.normalize = config.normalize
+        self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.dim))
+        nn.init.uniform_(self.codebook, -1 / config.codebook_size, 1 / config.codebook_size)
+
+    def codes(self) -> Tensor:
+        """The codebook as it is compared and returned, fp32 (K, D)."""
+        codes = self.codebook.float()
+        return F.normalize(codes, dim=1) if self.normalize else codes
+
+    def flatten(self, z: Tensor) -> Tensor:
+        """Latents (B, D, h, w) as fp32 rows (B h w, D), row-major, unit length if `normalize`."""
+        rows = rearrange(z.float(), "b d h w -> (b h w) d")
+        return F.normalize(rows, dim=1) if self.normalize else rows
+
+    @torch.no_grad()
+    def lookup(self, z: Tensor) -> Tensor:
+        """Tokens (B, h, w) of the codes nearest to latents (B, D, h, w).
+
+        Distances are fp32 whatever the latents are: bfloat16 ones change several tokens in 100.
+        """
+        return self.nearest(self.flatten(z)).view(z.shape[0], *z.shape[2:])
+
+    def nearest(self, rows: Tensor) -> Tensor:
+        """Ids (M,) of the codes nearest to `rows` (M, D), as `flatten` gives them."""
+        with torch.autocast(rows.device.type, enabled=False):
+            codes = self.codes()
+            distance = codes.square().sum(1) - 2 * rows @ codes.T  # (M, K), less |row|^2
+        return distance.argmin(1)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Codes (B, D, h, w) of tokens (B, h, w)."""
+        return rearrange(F.embedding(tokens, self.codes()), "b h w d -> b d h w")
+
+    def forward(self, z: Tensor, beta: float = 0.25, swapped: bool = False) -> tuple:
+        """Quantize latents (B, D, h, w) for training.
+
+        Returns the codes (B, D, h, w) with the gradient passed straight through to `z`, the tokens
+        (B, h, w), and the loss |sg(z) - code|^2 + beta |z - sg(code)|^2, the mean over all
+        elements: `beta` weighs the commitment. `swapped` puts it on the codebook's term instead,
+        as taming-transformers' published models were trained.
+        """
+        tokens = self.lookup(z)
+        z = z.float()
+        if self.normalize:
+            z = F.normalize(z, dim=1)
+        code = self.embed(tokens)
+        commitment = F.mse_loss(z, code.detach())
+        codebook = F.mse_loss(code, z.detach())
+        loss = beta * codebook + commitment if swapped else codebook + beta * commitment
+        return z + (code - z).detach(), tokens, loss
