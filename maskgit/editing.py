@@ -175,7 +175,8 @@ def paint_in_one(
     sides = images.shape[-2:]
     scale = min(ours / theirs for ours, theirs in zip(size, sides, strict=True))
     fitted = [max(1, min(s, round(scale * side))) for s, side in zip(size, sides, strict=True)]
-    small = F.interpolate(images, fitted, mode="bicubic", antialias=True).clamp(0, 1)
+    shown = fill(images, ~masks)  # lest shrinking spread what the mask hides
+    small = F.interpolate(shown, fitted, mode="bicubic", antialias=True).clamp(0, 1)
     hole = F.adaptive_max_pool2d(masks.float(), fitted) > 0
     small = paint_in_windows(paint, small, hole, size, factor, feather)
     painting = F.interpolate(small, sides, mode="bicubic", antialias=True).clamp(0, 1)

@@ -26,7 +26,9 @@ from vqgan.task import VQGANLossConfig, VQGANTask
 Say = Callable[[str], None]
 Sets = dict[str, Callable[[], Iterable[Batch]]]
 Joined = tuple[Task, Callable[[int], Iterator[Batch]], Sets]
-FREE = {"run", "init", "train.steps", "train.device", "train.keep_last", "data.workers"}
+# What a run that goes on may change.
+FREE = {"run", "init", "data.workers", "sampling"}
+FREE |= {f"train.{name}" for name in ("steps", "device", "compile", "keep_last")}
 FREE |= {f"train.{name}_every" for name in ("log", "validate", "draw", "save")}
 
 
@@ -111,7 +113,7 @@ def check_folder(folder: Path, run: Any) -> None:
     changed = [
         line
         for line in differences(yaml.safe_load(before.read_text()), new)
-        if line.split(":")[0] not in FREE
+        if not FREE & {(key := line.split(":")[0]), key.split(".")[0]}
     ]
     if changed:
         raise UserError(

@@ -93,6 +93,7 @@ class MaskGITTask:
         self.config, self.model_config = config, model.config
         self.pipeline = partial(Pipeline, tokenizer, labels=labels, sampling=sampling)
         self.parts: dict[str, nn.Module] = {"transformer": model}
+        self.units = {"images": 1, "tokens": model.config.tokens}
 
     def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """The one update of a step: ("transformer", loss, logs). `logs["weight"]` is what the loss

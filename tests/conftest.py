@@ -5,6 +5,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: one thread a worker
@@ -12,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: one t
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARD = ROOT / "maskgit" / "assets" / "emoji" / "data" / "emoji-heldout.tar"
 
 
 def execute(*command, cwd, **environment):
@@ -25,6 +27,13 @@ def execute(*command, cwd, **environment):
         text=True,
         timeout=900,
     )
+
+
+def pictures(count):
+    """File names and contents of `count` PNGs of the bundled held-out drawings."""
+    with tarfile.open(SHARD) as shard:
+        members = [member for member in shard if member.name.endswith(".png")][:count]
+        return [(member.name, shard.extractfile(member).read()) for member in members]
 
 
 @pytest.fixture

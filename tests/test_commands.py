@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, execute
+from conftest import ROOT, execute, pictures
 
 from maskgit.commands import main as entry
 from maskgit.commands.main import COMMANDS, Parser, main
@@ -47,6 +47,17 @@ def test_the_example_parses(name):
     command.add_arguments(parser)
     parser.check_options(rest)
     parser.parse_intermixed_args(rest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_runs(name, maskgit, tmp_path):
+    [(_, photo)] = pictures(1)
+    (tmp_path / "photo.png").write_bytes(photo)
+    done = maskgit(*entry.load(name).EXAMPLE.split()[1:])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\r" not in done.stdout + done.stderr
 
 
 def test_sample_py_is_maskgit_sample(maskgit, tmp_path):
@@ -191,11 +202,12 @@ def test_doctor_tells_what_is_here(maskgit):
     done = maskgit("doctor")
     assert done.returncode == 0, done.stdout
     found = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert torch.__version__ in found["torchvision"]
+    assert torch.__version__ in found["torch and torchvision"]
     assert ("AVX2" in found["processor"]) == torch.cpu._is_avx2_supported()
     assert found["auto"].startswith("device c")
     for part in ("vqgan", "transformer"):
         assert len(found[f"weights emoji/{part}"].split("sha256 ")[1]) == 64
+    assert "loss.perceptual" in found["weights vgg16"]
     assert "GB free" in found["disk"]
 
 

@@ -147,9 +147,11 @@ def test_any_size_is_painted_inside_the_mask_alone(size):
     image = random_image(*size)
     before = image.clone()
     mask = box(*size, (1, 0, 4, 5), (size[0] - 2, size[1] - 3, 2, 3))
-    for paint_all in editing.paint_in_windows, editing.paint_in_one:
-        out = paint_all(lambda views, *_: views * 0 + 2, image, mask, (16, 16), 4, 0)
-        assert torch.equal(out, torch.where(mask, 1.0, image))  # 2, clamped
+    arguments = (lambda views, *_: views * 0 + 2, image, mask, (16, 16), 4, 0)
+    painted = editing.paint_in_windows(*arguments)
+    assert torch.equal(painted, torch.where(mask, 1.0, image))  # 2, clamped
+    resized = editing.paint_in_one(*arguments)
+    assert torch.equal(resized == image, ~mask.expand_as(image))
     assert torch.equal(image, before)
 
 

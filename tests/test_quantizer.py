@@ -216,11 +216,14 @@ def test_entropy_equals_the_unchunked_formula(chunk):
         assert torch.allclose(own, right, atol=1e-12)
 
 
-def test_entropy_is_float32_whatever_surrounds_it():
-    rows, codes = torch.randn(40, 8) * 4, torch.randn(11, 8) * 4
-    expected = entropy_loss(rows, codes, 0.1)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert entropy_loss(rows, codes, 0.1).item() == expected.item()
+def test_entropy_and_kmeans_are_float32_whatever_surrounds_them():
+    rows, codes = torch.randn(400, 8) * 4, torch.randn(11, 8) * 4
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append((entropy_loss(rows, codes, 0.1), *kmeans(rows, 11)))
+    assert all(torch.equal(plain, within) for plain, within in zip(*results, strict=True))
 
 
 def test_entropy_at_its_ends():

@@ -10,12 +10,10 @@ import os
 import re
 import shutil
 import sys
-import tarfile
 
 import pytest
-from conftest import ROOT, execute
+from conftest import ROOT, execute, pictures
 
-SHARD = ROOT / "maskgit" / "assets" / "emoji" / "data" / "emoji-heldout.tar"
 COMMAND = re.compile(r"^(\$ )?(maskgit|make|pip|python|git) ", re.MULTILINE)
 
 
@@ -39,13 +37,11 @@ def copy(tmp_path):
     ignore = shutil.ignore_patterns(".*", "__pycache__", "runs", "out")
     tree = shutil.copytree(ROOT, tmp_path / "maskgit", ignore=ignore)
     (tree / ".venv").symlink_to(sys.prefix)
-    with tarfile.open(SHARD) as shard:
-        pictures = [member for member in shard if member.name.endswith(".png")]
-        for i, member in enumerate(pictures[:60]):
-            file = tree / "photos" / "ab"[i % 2] / f"{i}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(shard.extractfile(member).read())
-    shutil.copy(tree / "photos" / "a" / "0.png", tree / "photo.png")
+    for i, (name, content) in enumerate(pictures(60)):
+        file = tree / "photos" / "ab"[i % 2] / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        (tree / "photo.png").write_bytes(content)
     return tree
 
 

@@ -30,6 +30,12 @@ def broadcast(x: Tensor) -> Tensor:
     return x
 
 
+def products(rows: Tensor, codes: Tensor) -> Tensor:
+    """Dot products (M, K) in the precision of `rows`, whatever autocast surrounds it."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ codes.T
+
+
 def assignment(rows: Tensor, ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     """How many rows (M, D) went to each code, (K,), and their sums, (K, D); over all processes."""
     count = torch.bincount(ids, minlength=codes).to(rows.dtype)
@@ -104,7 +110,7 @@ def kmeans(rows: Tensor, k: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
     """
     centres = broadcast(rows[torch.randperm(len(rows), device=rows.device)[:k]])  # (k, D)
     for _ in range(iterations):
-        ids = (centres.square().sum(1) - 2 * rows @ centres.T).argmin(1)  # (M,)
+        ids = (centres.square().sum(1) - 2 * products(rows, centres)).argmin(1)  # (M,)
         count, total = assignment(rows, ids, k)
         spare = broadcast(rows[torch.randint(len(rows), (k,), device=rows.device)])
         centres = torch.where(count[:, None] > 0, total / count.clamp_min(1)[:, None], spare)
@@ -120,9 +126,8 @@ def entropy_loss(rows: Tensor, codes: Tensor, temperature: float, chunk: int = 4
     """
 
     def part(some: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(some.device.type, enabled=False):
-            cross = some @ codes.T
-        distance = some.square().sum(1, keepdim=True) - 2 * cross + codes.square().sum(1)
+        squares = some.square().sum(1, keepdim=True) + codes.square().sum(1)
+        distance = squares - 2 * products(some, codes)  # (chunk, K)
         log_p = F.log_softmax(-distance / temperature, dim=1)  # (chunk, K)
         p = log_p.exp()
         return -(p * log_p).sum(), p.sum(0)

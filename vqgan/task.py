@@ -67,6 +67,7 @@ class VQGANTask:
             raise UserError("generator_from must not come before discriminator_from")
         self.perceptual = losses.perceptual(config.vgg) if config.perceptual else None
         self.parts: dict[str, nn.Module] = {"generator": model}
+        self.units = {"images": 1}
         if config.adversarial:
             self.parts["discriminator"] = Discriminator(discriminator, image_size)
         codebook = model.quantizer.codebook

@@ -37,6 +37,7 @@ def findings() -> Iterator[Finding]:
     yield from requirements()
     yield from torch_and_devices()
     yield from weights()
+    yield from optional_weights()
     disk = shutil.disk_usage(Path.cwd())
     yield "disk", f"{disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB free in {Path.cwd()}", True
 
@@ -75,7 +76,11 @@ def torch_and_devices() -> Iterator[Finding]:
         import torchvision
 
         torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # compiled against torch
-        yield "torchvision", f"{torchvision.__version__} fits torch {torch.__version__}", True
+        yield (
+            "torch and torchvision",
+            f"{torchvision.__version__} fits torch {torch.__version__}",
+            True,
+        )
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         way_out = "install the two of one release together"
         yield (
@@ -110,6 +115,17 @@ def weights() -> Iterator[Finding]:
                 yield what, f"{size:.1f} MB, sha256 {file_hash(file)}", True
             else:
                 yield what, f"missing: no file {file}", False
+
+
+def optional_weights() -> Iterator[Finding]:
+    """Those that only some settings need, and that are too large to travel with the project."""
+    try:
+        from vqgan.task import VQGANLossConfig
+    except (ImportError, OSError):
+        return  # told above
+    file = Path(VQGANLossConfig().vgg).expanduser()
+    found = f"sha256 {file_hash(file)}" if file.is_file() else f"none at {file}"
+    yield "weights vgg16", f"{found}; only training with loss.perceptual above 0 needs it", True
 
 
 def _line(error: BaseException) -> str:

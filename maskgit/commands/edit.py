@@ -79,8 +79,7 @@ def run(args: argparse.Namespace) -> None:
     variants = repaint(pipe, pixels, mask, args)
     seconds = time.monotonic() - start
     write(args, pixels, mask, variants, paths)
-    rate = f"{args.num / seconds:.3g} images/s"
-    print(f"{args.num} variants in {seconds:.1f} s: {rate} ({shared.computed_on(pipe)})")
+    shared.report(pipe, args.num, "variants", seconds)
     for path in (*paths, args.out):
         print(path)
 

@@ -80,8 +80,7 @@ def run(args: argparse.Namespace) -> None:
         from maskgit.sheet import save_all
 
         save_all(files)
-    rate = f"{len(ids) / seconds:.3g} images/s"
-    print(f"{len(ids)} images in {seconds:.1f} s: {rate} ({shared.computed_on(pipe)})")
+    shared.report(pipe, len(ids), "images", seconds)
     for path in files:
         if path != args.out:
             print(path)
@@ -113,6 +112,8 @@ def chosen_classes(pipe: "Pipeline", classes: list[str] | None) -> list[int | No
         names += [text] if text in pipe.labels else [t.strip() for t in text.split(",")]
     if names == ["all"]:
         return list(range(len(pipe.labels)))
+    if not any(names):
+        raise UserError("--class names no class: leave the option out for a varied choice")
     return pipe.label_ids([name for name in names if name])
 
 
@@ -163,8 +164,8 @@ def labelled_sheet(
     groups = [
         (name_of(pipe, ids[i]), pictures[i : i + args.num]) for i in range(0, len(ids), args.num)
     ]
-    guidance = f"guidance {settings['guidance']:g}"
-    return sheet(groups, f"{args.model}: {settings['steps']} steps, {guidance}, seed {args.seed}")
+    how = f"{settings['steps']} steps, guidance {settings['guidance']:g}, seed {args.seed}"
+    return sheet(groups, f"{Path(args.model).name}: {how}")
 
 
 def describe(
@@ -172,7 +173,6 @@ def describe(
 ) -> list[dict[str, Any]]:
     """For each image: its file, class, seed, and what it takes to make it again."""
     model = {"source": args.model, "sha256": shared.model_hashes(args.model)}
-    computed = {"dtype": str(pipe.dtype).removeprefix("torch."), "device": str(pipe.device)}
     records = []
     for i, label in enumerate(ids):
         slug = re.sub(r"[^\w.-]+", "-", name_of(pipe, label))
@@ -182,7 +182,7 @@ def describe(
                 "class": None if label is None else pipe.labels[label],
                 "label": label,
                 "seed": args.seed + i,
-                "settings": {**settings, **computed},
+                "settings": {**settings, **shared.computed_on(pipe)},
                 "model": model,
             }
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit.common import UserError
+from maskgit.common.device import DTYPES
 from maskgit.common.folder import file_hash, find
 
 if TYPE_CHECKING:
@@ -84,9 +85,16 @@ def model_hashes(source: str) -> dict[str, str]:
     return {part: file_hash(find(source) / part / "model.safetensors") for part in parts}
 
 
-def computed_on(pipe: "Pipeline") -> str:
-    """Such as "cpu, float32"."""
-    return f"{pipe.device}, {str(pipe.dtype).removeprefix('torch.')}"
+def computed_on(pipe: "Pipeline") -> dict[str, str]:
+    """Device and dtype, by the names that the options have for them."""
+    names = {name: short for short, name in DTYPES.items()}
+    return {"device": str(pipe.device), "dtype": names[str(pipe.dtype).removeprefix("torch.")]}
+
+
+def report(pipe: "Pipeline", count: int, what: str, seconds: float) -> None:
+    """Print how long it took and how fast that was."""
+    rate = f"{count / seconds:.3g} images/s"
+    print(f"{count} {what} in {seconds:.1f} s: {rate} ({', '.join(computed_on(pipe).values())})")
 
 
 def check_writable(path: Path) -> None:

@@ -69,7 +69,7 @@ def newest(folder: Path) -> tuple[State, dict[str, Any], list[str]] | None:
             skipped.append(f"{path.name}: {error}")
             continue
         return state, manifest, skipped
-    if skipped and any("partial" not in s for s in skipped) and steps(folder):
+    if steps(folder):
         raise UserError(f"no complete checkpoint in {folder} ({'; '.join(skipped)}): start anew")
     return None
 
@@ -82,9 +82,12 @@ def flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put what `flatten` gave back into an optimizer of the same parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         i, key = name.split(".", 1)
+        if value.ndim:  # in the parameter's memory format: the fused update takes it for granted
+            value = torch.empty_like(parameters[int(i)]).copy_(value)
         state.setdefault(int(i), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -62,8 +62,9 @@ class ImageSet(Dataset):
     broken: the path and the reason of each file found unusable so far.
     """
 
-    def __init__(self, items: list[Item], classes: list[str], config: DataConfig):
+    def __init__(self, items: list[Item], classes: list[str], config: DataConfig, files: int):
         self.items, self.classes, self.config = items, classes, config
+        self.files = files  # of all splits: what config.max_broken is a share of
         self.labels = [item.label for item in items]
         self.broken: dict[str, str] = {}
         self._kept: dict[int, np.ndarray] = {}
@@ -109,8 +110,7 @@ class ImageSet(Dataset):
         else:
             raise UserError(f"no usable image in {self.config.path}: {_list_files(broken)}")
         random = None if draw is None else np.random.default_rng([seed, used, draw])
-        crop = random if CROPS[self.config.crop] else None
-        pixels = fit(pixels, self._size, crop)
+        pixels = fit(pixels, self._size, random if CROPS[self.config.crop] else None)
         if random is not None and self.may_mirror(used) and random.random() < 0.5:
             pixels = pixels[:, ::-1]
         image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, H, W)
@@ -125,9 +125,9 @@ class ImageSet(Dataset):
         self._check(self.broken)
 
     def _check(self, broken: dict[str, str]) -> None:
-        if len(broken) > self.config.max_broken * len(self):
+        if len(broken) > self.config.max_broken * self.files:
             raise UserError(
-                f"{len(broken)} of {len(self)} files cannot be used, more than "
+                f"{len(broken)} of {self.files} files cannot be used, more than "
                 f"max_broken={self.config.max_broken:g} allows: {_list_files(broken)}"
             )
 
@@ -163,16 +163,15 @@ def open_images(config: DataConfig, split: str = "train") -> ImageSet:
     """
     _check_config(config)
     heldout = pick(SPLITS, split, "split")
-    if config.path in BUNDLED_SHARDS:
-        source = list_bundled(config.path, split)
-    else:
-        source = _split(_list(config.path), config, heldout)
+    bundled = config.path in BUNDLED_SHARDS
+    source = list_bundled(config.path, split) if bundled else _list(config.path)
+    items = source.items if bundled else _split(source.items, config, heldout)
     unknown = sorted(set(config.no_mirror) - set(source.classes))
     if 0 < len(unknown) < len(config.no_mirror):
         log.warning("data.no_mirror: %s has no class %s", config.path, ", ".join(unknown))
     if heldout or config.path == "emoji:heldout":
         config = replace(config, crop="center", mirror=False)
-    return ImageSet(source.items, source.classes, config)
+    return ImageSet(items, source.classes, config, files=len(source.items))
 
 
 def _list(path: str) -> Source:
@@ -187,19 +186,20 @@ def _list(path: str) -> Source:
     raise UserError(f"no data at {path}: not a folder, not shards, not a bundled set ({known})")
 
 
-def _split(source: Source, config: DataConfig, heldout: bool) -> Source:
+def _split(items: list[Item], config: DataConfig, heldout: bool) -> list[Item]:
     """The held-out items, or the others; with a share above 0, at least one of two is held out."""
-    hashes = [hashlib.sha256(item.name.encode()).digest() for item in source.items]
+    hashes = [hashlib.sha256(item.name.encode()).digest() for item in items]
     limit = config.heldout * 2.0**64
-    held = {i for i, h in enumerate(hashes) if int.from_bytes(h[:8]) < limit}
-    if config.heldout > 0 and len(hashes) > 1 and len(held) in (0, len(hashes)):
-        held = {min(range(len(hashes)), key=hashes.__getitem__)}
-    items = [item for i, item in enumerate(source.items) if (i in held) == heldout]
-    if not items:
+    held = {i for i, digest in enumerate(hashes) if int.from_bytes(digest[:8]) < limit}
+    if config.heldout > 0 and len(items) > 1 and len(held) in (0, len(items)):
+        held = {min(range(len(items)), key=hashes.__getitem__)}
+    chosen = [item for i, item in enumerate(items) if (i in held) == heldout]
+    if not chosen:
         raise UserError(
-            f"{config.path} has no held-out images: set data.heldout above 0, add images"
+            f"no {'held-out' if heldout else 'training'} images in {config.path}: "
+            f"{len(items)} in all, data.heldout={config.heldout:g}"
         )
-    return source._replace(items=items)
+    return chosen
 
 
 def _check_config(config: DataConfig) -> None:

@@ -1,6 +1,7 @@
 """From the bytes of any image file to RGB pixels of one size."""
 
 import io
+import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -23,7 +24,9 @@ def decode(content: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray
     if not content:
         raise BadImage("empty file")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow's, about what is then reported or mended
+            image = Image.open(io.BytesIO(content))
             if image.width * image.height > max_pixels:
                 raise BadImage(f"oversized: {image.width}x{image.height} pixels")
             image.draft(None, (2 * max(size), 2 * max(size)))  # JPEG only
@@ -32,7 +35,7 @@ def decode(content: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray
     except BadImage:
         raise
     except Exception as error:  # on damaged bytes, decoders raise nearly anything
-        reason = str(error).split("<")[0].strip() or type(error).__name__
+        reason = " ".join(str(error).split("<")[0].split()) or type(error).__name__
         raise BadImage(reason) from None
 
 

@@ -152,7 +152,8 @@ def group_concepts(emoji: list[Emoji], pictures: list[bytes]) -> list[str]:
     concepts = [concept_of(e.name) for e in emoji]
     first: dict[bytes, str] = {}
     for concept, picture in zip(concepts, pictures, strict=True):
-        parent[root(concept)] = root(first.setdefault(picture, concept))
+        a, b = root(concept), root(first.setdefault(picture, concept))
+        parent[max(a, b)] = min(a, b)
     return [root(concept) for concept in concepts]
 
 
@@ -233,7 +234,7 @@ def main() -> None:
         "per_class": {
             split: dict(Counter(e.group for e, _ in samples)) for split, samples in splits.items()
         },
-        "unicode": re.search(r"# Version: (\S+)", EMOJI_TEST.read_text("utf-8"))[1],
+        "unicode": EMOJI_TEST.read_text("utf-8").split("# Version: ")[1].split()[0],
         "font_sha256": hashlib.sha256(FONT.read_bytes()).hexdigest(),
         "pillow": PIL.__version__,
         "packages": {package: package_version(package) for package in PACKAGES},
