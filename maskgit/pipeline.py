@@ -47,10 +47,8 @@ class Pipeline:
     ) -> None:
         codes, config = vqgan.config.codebook_size, transformer.config
         if codes != config.codebook_size:
-            raise UserError(
-                f"tokenizer and transformer do not belong together: {codes} and "
-                f"{config.codebook_size} codes; take the tokenizer it was trained with"
-            )
+            sizes = f"{codes} and {config.codebook_size} codes"
+            raise UserError(f"tokenizer and transformer do not belong together: {sizes}")
         if labels and len(labels) != config.num_classes:
             raise UserError(f"{len(labels)} labels for a model of {config.num_classes} classes")
         self.vqgan, self.transformer = vqgan.eval(), transformer.eval()
@@ -80,8 +78,7 @@ class Pipeline:
         if version != FORMAT_VERSION:
             raise UserError(f"{folder}/model_index.json: no format_version {FORMAT_VERSION}")
         vqgan, transformer = VQGAN.from_pretrained(folder), MaskGIT.from_pretrained(folder)
-        labels = read_json(folder / "labels.json")
-        pipe = cls(vqgan, transformer, labels, index.get("sampling"))
+        pipe = cls(vqgan, transformer, read_json(folder / "labels.json"), index.get("sampling"))
         size = list(pipe.image_size)
         if index.get("image_size", size) != size:
             raise UserError(
@@ -105,14 +102,11 @@ class Pipeline:
         The codebook stays in fp32, and with fp16 the whole tokenizer, whose activations overflow.
         """
         device = pick_device(device)
-        self.transformer.to(device)
-        self.vqgan.to(device)
-        if dtype is not None:
-            dtype = pick_dtype(dtype, device)
-            self.transformer.to(dtype)
-            for name, part in self.vqgan.named_children():
-                exact = name == "quantizer" or dtype == torch.float16
-                part.to(torch.float32 if exact else dtype)
+        dtype = self.dtype if dtype is None else pick_dtype(dtype, device)
+        self.transformer.to(device, dtype)
+        for name, part in self.vqgan.named_children():
+            exact = name == "quantizer" or dtype == torch.float16
+            part.to(device, torch.float32 if exact else dtype)
         return self
 
     @property
@@ -159,7 +153,8 @@ class Pipeline:
         images = []
         for part in (slice(i, i + batch_size) for i in range(0, len(ids), batch_size)):
             tokens = torch.full((len(ids[part]), config.tokens), config.mask_id, device=self.device)
-            images.append(self._decode(tokens, ids[part], seeds[part], settings, on_step))
+            options = dict(settings, seeds=seeds[part], on_step=on_step)
+            images.append(self._decode(tokens, ids[part], **options))
         return torch.cat(images)
 
     @torch.no_grad()
@@ -203,8 +198,9 @@ class Pipeline:
             tokens = self.vqgan.encode(editing.fill(view, ~unknown)).flatten(1)  # (b, N)
             hidden = editing.token_mask(unknown, factor, dilate).flatten(1)
             tokens = tokens.masked_fill(hidden, mask_id)
-            window_seeds = [editing.window_seed(seeds[i], turn) for i in rows]
-            return self._decode(tokens, [ids[i] for i in rows], window_seeds, settings, on_step)
+            own = [editing.window_seed(seeds[i], turn) for i in rows]
+            options = dict(settings, seeds=own, on_step=on_step)
+            return self._decode(tokens, [ids[i] for i in rows], **options)
 
         image, mask = images.to(self.device).float(), masks.to(self.device)
         paint_all = editing.paint_in_one if resize else editing.paint_in_windows
@@ -221,10 +217,8 @@ class Pipeline:
         labels: Labels = None,
         **options: Any,
     ) -> Tensor:
-        """The images (B, 3, H, W) with so many pixels more on each side; the old ones are the same.
-
-        Gives (B, 3, top + H + bottom, left + W + right). Options as for `inpaint`.
-        """
+        """The images (B, 3, H, W) with so many pixels more on each side, the old ones untouched:
+        (B, 3, top + H + bottom, left + W + right). Options as for `inpaint`."""
         return self.inpaint(*editing.extend(images, left, right, top, bottom), labels, **options)
 
     @torch.no_grad()
@@ -245,21 +239,12 @@ class Pipeline:
             raise UserError("this model was trained without label dropout: it needs a class")
         return ids
 
-    def _decode(
-        self,
-        tokens: Tensor,
-        ids: Sequence[int | None],
-        seeds: Sequence[int],
-        settings: dict[str, Any],
-        on_step: OnStep | None,
-    ) -> Tensor:
+    def _decode(self, tokens: Tensor, ids: Sequence[int | None], **options: Any) -> Tensor:
         """Fill in the masked ones of `tokens` (B, N), and render the images (B, 3, H, W)."""
         config, labels = self.transformer.config, None
         if any(i is not None for i in ids):
             numbers = [config.null_label if i is None else i for i in ids]
             labels = torch.tensor(numbers, device=self.device)
-        rest = dict(settings)
-        scale, shape = rest.pop("guidance"), rest.pop("guidance_schedule")
+        scale, shape = options.pop("guidance"), options.pop("guidance_schedule")
         function = guided(self.transformer, labels, scale, shape)
-        tokens = decode(function, tokens, config.mask_id, seeds=seeds, on_step=on_step, **rest)
-        return self.render(tokens)
+        return self.render(decode(function, tokens, config.mask_id, **options))

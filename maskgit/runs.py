@@ -126,8 +126,7 @@ def vqgan_run(run: VQGANRun, folder: Path, say: Say) -> Joined:
     """The tokenizer's task, its batches of images, and the held-out images."""
     images, heldout = open_images(run.data), open_images(run.data, "heldout")
     model = VQGAN(run.model)
-    if any(side % run.model.factor for side in run.data.size):
-        raise UserError(f"data.size={run.data.size} is no multiple of {run.model.factor} pixels")
+    check_size(run.data.size, run.model.factor)
     initialise(model, run.init, "vqgan")
     task = VQGANTask(model, run.loss, run.discriminator, min(run.data.size))
 
@@ -155,6 +154,14 @@ def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
             "tokenizer=RUN/export"
         )
     images, heldout = open_images(run.data), open_images(run.data, "heldout")
+    check_size(run.data.size, tokenizer.config.factor)
+    run.model.codebook_size = tokenizer.config.codebook_size
+    run.model.num_classes = len(images.classes)
+    run.model.grid = [side // tokenizer.config.factor for side in run.data.size]
+    run.model.has_null_label = run.loss.label_dropout > 0
+    model = MaskGIT(run.model)
+    initialise(model, run.init, "transformer")
+    task = MaskGITTask(model, run.loss, tokenizer, images.classes, run.sampling)
     sets = {
         name: cached(
             folder / f"tokens_{name}.safetensors",
@@ -163,14 +170,6 @@ def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
         )
         for name, some in {"train": images, "heldout": heldout}.items()
     }
-    factor = tokenizer.config.factor
-    run.model.codebook_size = tokenizer.config.codebook_size
-    run.model.num_classes = len(images.classes)
-    run.model.grid = [side // factor for side in run.data.size]
-    run.model.has_null_label = run.loss.label_dropout > 0
-    model = MaskGIT(run.model)
-    initialise(model, run.init, "transformer")
-    task = MaskGITTask(model, run.loss, tokenizer, images.classes, run.sampling)
 
     def stream(step: int) -> Iterator[Batch]:
         return token_batches(
@@ -184,6 +183,11 @@ def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
     same = len(sets["heldout"])
     validation: Sets = {name: partial(fixed_batches, some, 64, same) for name, some in sets.items()}
     return task, stream, validation
+
+
+def check_size(size: list[int], factor: int) -> None:
+    if any(side % factor for side in size):
+        raise UserError(f"data.size={list(size)} is no multiple of {factor} pixels a token")
 
 
 def token_stamp(tokenizer: Path, images: ImageSet) -> dict[str, str]:

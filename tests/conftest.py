@@ -25,7 +25,7 @@ def execute(*command, cwd, **environment):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
 
 

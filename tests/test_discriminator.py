@@ -48,6 +48,15 @@ def test_logits_are_a_map_and_features_one_for_each_hidden_layer(norm, size):
     assert [f.shape[1] for f in features] == [8 * 2**i for i in range(layers + 1)]
 
 
+def test_pictures_enter_in_both_signs_and_logits_leave_in_float32():
+    net = small("none")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(torch.rand(1, 3, 32, 32))[0].dtype == torch.float32
+    grey, first = torch.full((1, 3, 32, 32), 0.5), net.main[0]
+    expected = nn.functional.leaky_relu(first.bias, 0.2).view(1, -1, 1, 1)
+    assert torch.allclose(net(grey)[1][0], expected.expand(1, 8, 16, 16))  # grey is 0
+
+
 def test_a_patch_of_16_pixels_is_enough_and_a_misfit_is_told():
     assert small(size=16)(torch.rand(1, 3, 16, 16))[0].shape == (1, 1, 6, 6)
     for layers in (0, 4):

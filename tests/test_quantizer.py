@@ -290,7 +290,7 @@ dist.destroy_process_group()
 def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
     command = [sys.executable, "-c", WORKER, str(tmp_path)]
     processes = [subprocess.Popen([*command, str(rank)], cwd=ROOT) for rank in (0, 1)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name in first:
         assert torch.allclose(first[name], second[name]), name

@@ -138,9 +138,9 @@ def test_mistakes_in_sampling_take_one_line(run, tmp_path):
 
 
 def test_an_interrupted_run_leaves_nothing(model, tmp_path):
-    command = (sys.executable, "-m", "maskgit", "sample", "--model", model, "--num", "1000000")
+    command = (sys.executable, "-m", "maskgit", "sample", "--model", model, "--num", "20000")
     process = subprocess.Popen(
-        [str(part) for part in (*command, "--batch-size", "4", "--out", "many")],
+        [str(part) for part in (*command, "--batch-size", "1", "--out", "many")],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,

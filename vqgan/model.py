@@ -230,6 +230,7 @@ class VQGAN(nn.Module):
         code, tokens, loss = self.quantizer(z, beta, swapped)
         return self.render(code), rows, tokens, loss
 
+    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Tokens (B, h, w), int64, of images (B, 3, H, W) in [0, 1]."""
         return self.quantizer.lookup(self.latents(images))

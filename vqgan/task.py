@@ -32,7 +32,7 @@ class VQGANLossConfig:
     average: bool = True  # codes follow their latents by moving average, not by gradient
     decay: float = 0.99  # of that average
     dead: float = 0.1  # a code with fewer latents a step, on average, is restarted
-    quantize_from: int = 0  # steps of plain autoencoding before k-means makes the codebook
+    quantize_from: int = 100  # steps of plain autoencoding before k-means makes the codebook
     restart_until: int = 1_000_000_000  # no restarts later, so that the codes can settle
     adversarial: float = 0.0  # the generator's weight once the discriminator takes part
     adversarial_loss: str = "hinge"  # or "non-saturating"
@@ -81,11 +81,7 @@ class VQGANTask:
         config = self.config
         real = batch["image"].float() / 255  # (B, 3, H, W)
         if config.quantize_from and step == config.quantize_from:
-            centres, count = kmeans(self.codebook.pool, len(self.codebook.count))
-            share = real.shape[0] * real[0, 0].numel() / self.model.config.factor**2
-            self.codebook.start(
-                self.model.quantizer.codebook, centres, count * share / len(self.codebook.pool)
-            )
+            self.start_codebook(real[:, 0].numel() // self.model.config.factor**2)
         quantized = step >= config.quantize_from
         fake, rows, tokens, quantizer = self.parts["generator"](
             real, config.commitment, config.swapped, quantized
@@ -104,6 +100,18 @@ class VQGANTask:
             self.follow(rows.detach(), tokens, step, logs)
         if config.adversarial and step >= config.discriminator_from:
             yield self.discriminator_update(real, fake.detach())
+
+    def start_codebook(self, each_step: int) -> None:
+        """Make the codebook by k-means over the latents of the warm start, `each_step` a step."""
+        codebook, pool = self.model.quantizer.codebook, self.codebook.pool
+        rows = pool[-self.config.quantize_from * each_step :]  # those that were collected
+        if len(rows) < len(codebook):
+            raise UserError(
+                f"{len(rows)} latents for {len(codebook)} codes: set loss.quantize_from to "
+                f"{-(-len(codebook) // each_step)} or more"
+            )
+        centres, count = kmeans(rows, len(codebook))
+        self.codebook.start(codebook, centres, count * each_step / len(rows))
 
     def generator_loss(self, real: Tensor, fake: Tensor, step: int) -> tuple[Tensor, dict]:
         """What the pictures cost, and each term apart."""

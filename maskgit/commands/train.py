@@ -9,8 +9,8 @@ from maskgit.common import UserError
 HELP = "train a tokenizer or a transformer"
 EXAMPLE = "maskgit train emoji_vqgan --smoke"
 
-# In a checkout the configs stand beside the package, in the wheel inside it.
-CONFIGS = [Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs"]
+# In the wheel the configs stand inside the package, in a checkout beside it.
+CONFIGS = [Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """Where images come from: folders, tar shards, and the set that travels with the project."""
 
 import json
+import logging
 import os
 import tarfile
 from pathlib import Path
@@ -10,6 +11,8 @@ from webdataset.shardlists import expand_urls
 
 from maskgit.common import UserError, pick
 from maskgit.common.folder import ASSETS, read_json
+
+log = logging.getLogger(__name__)
 
 BUNDLED_FOLDER = ASSETS / "emoji" / "data"
 BUNDLED_SHARDS = {  # name -> the shards of its training and of its held-out split
@@ -84,10 +87,13 @@ def list_folder(folder: Path) -> Source:
     classes = sorted({name.split("/")[0] for name, _ in found if "/" in name})
     loose = [name for name, _ in found if "/" not in name]
     if classes and loose:
-        raise UserError(
-            f"{folder} has class folders ({classes[0]}, ...) and loose files ({loose[0]}, ...): "
-            "move the files into a class folder, or elsewhere"
-        )
+        if images := [name for name in loose if _suffix(name) in IMAGE_SUFFIXES]:
+            raise UserError(
+                f"{folder} has class folders ({classes[0]}, ...) and loose images ({images[0]}, "
+                "...): move these into a class folder, or elsewhere"
+            )
+        log.warning("skipped what lies beside the class folders: %s", ", ".join(loose))
+        found = [(name, size) for name, size in found if "/" in name]
     number = {name: i for i, name in enumerate(classes)}
     items = [
         Item(name, str(folder / name), 0, size, number[name.split("/")[0]] if classes else -1)
@@ -151,7 +157,7 @@ def _read_headers(shard: str) -> dict[str, tuple[int, int, int | str | None]]:
                     continue
                 key = f"{folder}/{stem}" if folder else stem
                 offset, size, label = samples.get(key, (0, 0, None))
-                if suffix.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+                if _suffix(suffix) in IMAGE_SUFFIXES:
                     offset, size = member.offset_data, member.size
                 elif suffix in ("cls", "json"):
                     content = tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -167,6 +173,10 @@ def _read_headers(shard: str) -> dict[str, tuple[int, int, int | str | None]]:
             f"{shard} is no complete, uncompressed tar file ({error}): write it again"
         ) from None
     return samples
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2].lower()
 
 
 def _read_label(text: str, suffix: str, where: str) -> int | str | None:

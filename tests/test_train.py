@@ -1,0 +1,164 @@
+"""`maskgit train`: smoke runs, one's own pictures, resume by itself, and mistakes."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, pictures
+
+from maskgit import MaskGIT, Pipeline
+from maskgit.commands.main import main
+from vqgan import VQGAN
+
+TINY = [
+    "--smoke",
+    "train.steps=4",
+    "train.log_every=1",
+    "train.validate_every=0",
+    "train.draw_every=0",
+    "data.size=[16, 16]",
+]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Sixty pictures of one's own, in two classes, one of them broken."""
+    for i, (name, content) in enumerate(pictures(60)):
+        file = tmp_path / "photos" / "ab"[i % 2] / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    (tmp_path / "photos" / "a" / "broken.png").write_bytes(b"no picture")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def said(capsys):
+    """`said(*arguments)` runs `maskgit train` here: its status, and what it printed."""
+
+    def run(*arguments):
+        status = main(["train", *map(str, arguments)])
+        return status, "".join(capsys.readouterr())
+
+    return run
+
+
+def test_own_pictures_with_classes_then_flat_and_resume(own, said, tmp_path):
+    tokenizer, run = tmp_path / "vq", tmp_path / "tr"
+    common = [*TINY, f"data.path={own}", "data.max_broken=0.1"]
+    status, text = said("emoji_vqgan", *common, f"run={tokenizer}", "model.mult=[1, 2, 4]")
+    assert status == 0 and "reached: loss" in text, text
+    assert VQGAN.from_pretrained(tokenizer / "export").config.factor == 4
+
+    arguments = ["emoji_maskgit", *common, f"run={run}", f"tokenizer={tokenizer / 'export'}"]
+    status, text = said(*arguments)
+    assert status == 0 and "warning" not in text, text
+    pipe = Pipeline.from_pretrained(run / "export", device="cpu")
+    assert pipe.labels == ["a", "b"] and pipe.image_size == (16, 16)
+    assert pipe.sample(["b"]).shape == (1, 3, 16, 16)
+
+    status, text = said(*arguments)
+    assert status == 0 and "nothing to do" in text
+    status, text = said(*arguments, "train.lr=0.5")
+    assert status == 2 and "train.lr: 0.001, now 0.5" in text and "run=" in text
+    status, text = said(*arguments, "train.steps=6")
+    assert status == 0 and "resuming" in text
+    steps = [json.loads(x)["step"] for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+    flat = own / "a"
+    arguments = ["emoji_maskgit", *TINY, f"data.path={flat}", "data.max_broken=0.1"]
+    arguments += [f"run={tmp_path / 'flat'}", f"tokenizer={tokenizer / 'export'}"]
+    status, text = said(*arguments, "loss.label_dropout=0")
+    assert status == 0, text
+    assert MaskGIT.from_pretrained(tmp_path / "flat" / "export").config.num_classes == 0
+
+    status, text = said(*arguments[:-2], f"run={tmp_path / 'warm'}", arguments[-1], "train.steps=1")
+    assert status == 0, text
+    status, text = said(
+        *arguments[:-2], f"run={tmp_path / 'w2'}", arguments[-1], f"init={run}/export"
+    )
+    assert status == 2 and "do not fit" in text  # two classes there, none here
+
+
+def test_changed_data_with_the_bundled_tokenizer_is_warned_of(own, said, tmp_path):
+    settings = [f"data.path={own}", "data.max_broken=0.1", "train.steps=1"]
+    status, text = said("emoji_maskgit", *TINY, f"run={tmp_path / 'run'}", *settings)
+    assert status == 0
+    assert "warning: the bundled tokenizer was trained on emoji" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["emoji_vqgna"], "did you mean 'emoji_vqgan'"),
+        (["emoji_vqgan", "train.step=3"], "did you mean 'train.steps'"),
+        (["emoji_vqgan", "train.steps=many"], "train.steps"),
+        (["emoji_vqgan", "train.steps"], "key=value"),
+        (["emoji_vqgan", "--smok"], "--smoke"),
+        (["emoji_vqgan", "task=vqgam"], "did you mean 'vqgan'"),
+        (["emoji_vqgan", "data.path=nowhere"], "no data at nowhere"),
+        (["emoji_vqgan", "data.size=[60, 60]"], "no multiple of 8 pixels"),
+        (["emoji_vqgan", "loss.perceptual=1", "loss.vgg=nowhere.pth"], "vgg16-397923af.pth"),
+        (["emoji_vqgan", "train.device=cuda:9"], "no GPU"),
+        (["emoji_vqgan", "init=nowhere"], "no model at nowhere"),
+        (["emoji_maskgit", "size=huge"], "unknown size 'huge'"),
+        (["emoji_maskgit", "loss.schedule=cosin"], "did you mean 'cosine'"),
+        (["emoji_maskgit", "tokenizer=nowhere"], "no model at nowhere"),
+        (["emoji_maskgit", "model.codebook_size=7"], "follow from tokenizer and data"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(arguments, message, said, tmp_path):
+    status, text = said(*arguments, f"run={tmp_path / 'run'}")
+    assert status == 2
+    (line,) = [line for line in text.splitlines() if line.startswith("maskgit:")]
+    assert message in line
+    assert "Traceback" not in text
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_empty_folder_and_unwritable_run(said, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    status, text = said("emoji_vqgan", f"data.path={tmp_path / 'empty'}", f"run={tmp_path / 'r'}")
+    assert status == 2 and "no image" in text
+    status, text = said("emoji_vqgan", f"run={tmp_path / 'file' / 'run'}")
+    assert status == 2 and "cannot write" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["emoji_vqgan", "emoji_maskgit"])
+def test_smoke_run_reaches_the_loss_that_it_announces(name, maskgit, tmp_path):
+    done = maskgit("train", name, "--smoke", f"run={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    expected = float(re.search(r"^expect: a loss of about ([\d.]+)", done.stdout, re.M)[1])
+    reached = float(re.search(r"^reached: loss ([\d.]+)", done.stdout, re.M)[1])
+    assert reached == pytest.approx(expected, rel=0.03)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+    assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on(number, status, maskgit, tmp_path):
+    command = [sys.executable, "-m", "maskgit", "train", "emoji_vqgan", "--smoke"]
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command, f"run={run}", "train.steps=100000", "train.save_every=0"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == status
+    step = int(re.search(r"saved at step (\d+)", output)[1])
+    done = maskgit("train", "emoji_vqgan", "--smoke", f"run={run}", f"train.steps={step + 2}")
+    assert done.returncode == 0, done.stderr
+    assert f"at step {step}" in done.stdout
