@@ -34,6 +34,8 @@ def guidance_shape(schedule: str) -> Callable[[float], float]:
     try:
         numbers = [float(number) for number in text.split("-")] if text else []
         shape(0.5, *numbers)
+        if name == "interval" and numbers and numbers != sorted(numbers):
+            raise ValueError
     except (TypeError, ValueError):
         raise UserError(
             f"guidance schedule {schedule!r}: numbers that do not fit; "

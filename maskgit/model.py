@@ -28,7 +28,7 @@ from maskgit.common.folder import find, load_module, save_module
 # What a named size sets in MaskGITConfig.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": dict(width=64, depth=2, heads=4, ffn=128),
-    "emoji": dict(width=256, depth=6, heads=4),
+    "emoji": dict(width=256, depth=4, heads=4),
     "halton-tiny": dict(width=384, depth=6, heads=6),
     "halton-small": dict(width=512, depth=12, heads=6),
     "halton-base": dict(width=768, depth=12, heads=12),
@@ -56,6 +56,11 @@ class MaskGITConfig:
     def __post_init__(self) -> None:
         self.grid = list(self.grid)  # JSON and YAML have no tuples
         pick(ARCHITECTURES, self.architecture, "architecture")
+        if self.depth < 1 or self.registers < 0 or not 0 <= self.dropout < 1:
+            raise UserError(
+                f"depth={self.depth}, registers={self.registers}, dropout={self.dropout}: give at "
+                f"least 1, at least 0, and a share below 1"
+            )
         if not 1 <= self.heads <= self.width:
             raise UserError(f"heads={self.heads} must lie between 1 and the width, {self.width}")
 

@@ -1,7 +1,8 @@
 """Training runs: what their configs hold, and how a task is joined with its data and the engine."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from maskgit.common import UserError, pick
 from maskgit.common.device import pick_device
-from maskgit.common.folder import file_hash, find, load_state, load_weights
+from maskgit.common.folder import file_hash, find
 from maskgit.engine.config import build, differences, merge
 from maskgit.engine.data import DataConfig, ImageSet, batches, in_order, open_images
-from maskgit.engine.loop import Batch, Task, TrainConfig, train
+from maskgit.engine.loop import Batch, Task, TrainConfig, make_accelerator, train
 from maskgit.engine.tokens import cached, fixed_batches, token_batches, tokenize
 from maskgit.model import SIZES, MaskGIT, MaskGITConfig
 from maskgit.task import MaskGITLossConfig, MaskGITTask
@@ -27,7 +28,7 @@ Say = Callable[[str], None]
 Sets = dict[str, Callable[[], Iterable[Batch]]]
 Joined = tuple[Task, Callable[[int], Iterator[Batch]], Sets]
 # What a run that goes on may change.
-FREE = {"run", "init", "data.workers", "sampling"}
+FREE = {"run", "init", "size", "data.workers", "sampling"}
 FREE |= {f"train.{name}" for name in ("steps", "device", "compile", "keep_last")}
 FREE |= {f"train.{name}_every" for name in ("log", "validate", "draw", "save")}
 
@@ -55,11 +56,13 @@ class MaskGITRun(Run):
     task: str = "maskgit"
     tokenizer: str = "emoji"  # a folder with a VQGAN, such as RUN/export, or a bundled name
     size: str | None = None  # one of maskgit.model.SIZES
-    model: MaskGITConfig = field(default_factory=lambda: MaskGITConfig(0, 0, [0, 0]))
+    model: MaskGITConfig = field(default_factory=lambda: MaskGITConfig(**FOLLOWS))
     loss: MaskGITLossConfig = field(default_factory=MaskGITLossConfig)
     sampling: dict[str, Any] = field(default_factory=dict)  # the model's own sampler settings
 
 
+# What of the transformer's config is no setting.
+FOLLOWS: dict[str, Any] = dict(codebook_size=0, num_classes=0, grid=[0, 0], has_null_label=True)
 SCHEMAS = {"vqgan": VQGANRun, "maskgit": MaskGITRun}
 
 
@@ -72,47 +75,52 @@ def resolve(content: dict[str, Any], overrides: DictConfig, smoke: bool) -> tupl
     expect = str(tiny.pop("expect", ""))
     if smoke and not tiny:
         raise UserError("this config has no smoke section: it has no tiny settings to try")
-    schema = pick(SCHEMAS, str(content.get("task")), "task")
+    schema = pick(SCHEMAS, str(overrides.get("task", content.get("task"))), "task")
     layers: list[Any] = [content]
     if smoke:
         layers += [tiny, {"run": f"{content.get('run', 'runs/new')}_smoke"}]
     layers.append(overrides)
-    size = next((layer["size"] for layer in reversed(layers) if layer.get("size")), None)
-    if size is not None:
-        layers.insert(0, {"model": pick(SIZES, str(size), "size")})
-    merged = merge(schema, *layers)
-    if schema is MaskGITRun and any(merged.model[k] for k in ("codebook_size", "num_classes")):
-        raise UserError("model.codebook_size and model.num_classes follow from tokenizer and data")
-    return build(merged), expect
+    sized = []
+    for layer in layers:  # a size stands for settings of the model, which its own layer may change
+        if size := layer.get("size"):
+            sized.append({"model": pick(SIZES, str(size), "size")})
+        sized.append(layer)
+    run = build(merge(schema, *sized))
+    if schema is MaskGITRun and run.model != replace(run.model, **FOLLOWS):
+        raise UserError(f"model.{', model.'.join(FOLLOWS)} follow from tokenizer, data and loss")
+    return run, expect
 
 
-def start(run: Any, say: Say = print) -> dict[str, float]:
-    """Train, or go on training, what `run` describes; returns the last metrics."""
+def start(run: Any, say: Say = print) -> dict[str, float] | None:
+    """Train, or go on training, what `run` describes: the last metrics, None if it had finished."""
     folder = Path(run.run)
-    check_folder(folder, run)
+    settings = OmegaConf.structured(run).copy()  # as given: joining fills in what follows from data
+    check_folder(folder, OmegaConf.to_container(settings))
+    make_accelerator(run.train)  # raises now, if it cannot be had
     torch.manual_seed(run.train.seed)
     make: Callable[..., Joined] = vqgan_run if run.task == "vqgan" else maskgit_run
     task, stream, validation = make(run, folder, say)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+    partial_file = folder / ".config.yaml"
+    partial_file.write_text(OmegaConf.to_yaml(settings))
+    partial_file.replace(folder / "config.yaml")
     return train(task, stream, validation, run.train, folder, say)
 
 
-def check_folder(folder: Path, run: Any) -> None:
-    """Refuse to go on with a run that another config began, and a folder that cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to run={folder}: {error.strerror}") from None
-    before = folder / "config.yaml"
-    if not before.is_file() or not any((folder / "checkpoints").glob("step_*")):
+def check_folder(folder: Path, settings: Any) -> None:
+    """Refuse to go on with a run that other settings began; or in a folder that is not writable."""
+    above = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to run={folder}: {above} is no folder that lets one")
+    if not any((folder / "checkpoints").glob("step_*")):
         return
-    new = OmegaConf.to_container(OmegaConf.structured(run))
+    try:
+        before = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        raise UserError(f"{folder} has checkpoints but no config.yaml: give run=ANOTHER") from None
     changed = [
         line
-        for line in differences(yaml.safe_load(before.read_text()), new)
+        for line in differences(before, settings)
         if not FREE & {(key := line.split(":")[0]), key.split(".")[0]}
     ]
     if changed:
@@ -127,7 +135,14 @@ def vqgan_run(run: VQGANRun, folder: Path, say: Say) -> Joined:
     images, heldout = open_images(run.data), open_images(run.data, "heldout")
     model = VQGAN(run.model)
     check_size(run.data.size, run.model.factor)
-    initialise(model, run.init, "vqgan")
+    if run.init:
+        initialise(model, VQGAN.from_pretrained(run.init), run.init)
+        run.loss.quantize_from = 0  # its codebook is part of what it starts from
+    if run.loss.quantize_from >= run.train.steps:
+        raise UserError(
+            f"loss.quantize_from={run.loss.quantize_from} leaves none of the {run.train.steps} "
+            f"steps for the codebook: set it lower"
+        )
     task = VQGANTask(model, run.loss, run.discriminator, min(run.data.size))
 
     def stream(step: int) -> Iterator[Batch]:
@@ -160,8 +175,14 @@ def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
     run.model.grid = [side // tokenizer.config.factor for side in run.data.size]
     run.model.has_null_label = run.loss.label_dropout > 0
     model = MaskGIT(run.model)
-    initialise(model, run.init, "transformer")
-    task = MaskGITTask(model, run.loss, tokenizer, images.classes, run.sampling)
+    if run.init:
+        initialise(model, MaskGIT.from_pretrained(run.init), run.init)
+    sampling = dict(run.sampling)
+    if not set(sampling.get("showcase", [])) <= set(images.classes):
+        del sampling["showcase"]  # the classes of other data
+    if model.config.null_label is None:
+        sampling.pop("guidance", None)
+    task = MaskGITTask(model, run.loss, tokenizer, images.classes, sampling)
     sets = {
         name: cached(
             folder / f"tokens_{name}.safetensors",
@@ -203,10 +224,11 @@ def token_stamp(tokenizer: Path, images: ImageSet) -> dict[str, str]:
     }
 
 
-def initialise(model: torch.nn.Module, source: str | None, part: str) -> None:
-    """Start from the weights of a model folder, its `part` if it is a pipeline's."""
-    if source is None:
-        return
-    folder = find(source)
-    folder = folder / part if (folder / part).is_dir() else folder
-    load_weights(model, load_state(folder / "model.safetensors"), folder)
+def initialise(model: Any, source: Any, name: str) -> None:
+    """Start from the weights of `source`, a model of the same shape; else UserError says where
+    they differ."""
+    new, old = ({**asdict(m.config), "dropout": 0} for m in (model, source))
+    if new != old:
+        listed = "; ".join(differences(old, new))
+        raise UserError(f"init={name}: its weights do not fit this model ({listed})")
+    model.load_state_dict(source.state_dict())

@@ -92,12 +92,12 @@ class MaskGITTask:
             raise UserError("label_dropout needs a model with a null label: set label_dropout=0")
         self.config, self.model_config = config, model.config
         self.pipeline = partial(Pipeline, tokenizer, labels=labels, sampling=sampling)
+        self.pipeline(transformer=model)  # raises now, not when the first sheet is drawn
         self.parts: dict[str, nn.Module] = {"transformer": model}
         self.units = {"images": 1, "tokens": model.config.tokens}
 
     def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """The one update of a step: ("transformer", loss, logs). `logs["weight"]` is what the loss
-        weighs when batches are accumulated."""
+        """The one update of a step: ("transformer", loss, logs)."""
         config, model, tokens = self.config, self.parts["transformer"], batch["tokens"]
         b, n = tokens.shape
         mask, _ = random_mask((b, n), config.schedule, device=tokens.device)
@@ -113,7 +113,6 @@ class MaskGITTask:
                 "loss": loss.detach(),
                 "accuracy": (hit & mask).sum() / mask.sum(),
                 **accuracy_by_ratio(hit, mask),
-                "weight": weight,
             }
         yield "transformer", loss, logs
 

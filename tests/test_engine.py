@@ -80,9 +80,11 @@ GAN = dict(
     ids=["vqgan with all its losses", "maskgit"],
 )
 def test_resumed_training_is_bitwise_the_same(make, stream, tmp_path):
-    config = TrainConfig(steps=8, batch_size=4, warmup=2, **QUIET)
+    seen = {**QUIET, "validate_every": 3, "draw_every": 3}
+    config = TrainConfig(steps=8, batch_size=4, warmup=2, **seen)
     one, two = tmp_path / "one", tmp_path / "two"
-    train(make(), stream, {}, config, one)
+    sets = {"fixed": lambda: [next(stream(0))]}
+    train(make(), stream, sets, config, one)
     asked: list[int] = []
 
     def interrupted(start):
@@ -96,15 +98,15 @@ def test_resumed_training_is_bitwise_the_same(make, stream, tmp_path):
             yield batch
 
     with pytest.raises(Stopped) as stopped:
-        train(make(), interrupted, {}, config, two)
+        train(make(), interrupted, sets, config, two)
     assert stopped.value.status == 143
-    train(make(), interrupted, {}, config, two)
+    train(make(), interrupted, sets, config, two)
     assert asked == [0, 5]
     first, second = all_tensors(make(), one), all_tensors(make(), two)
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert different == []
-    assert train(make(), stream, {}, config, one) == {}  # finished: nothing to do
+    assert train(make(), stream, {}, config, one) is None  # finished: nothing to do
 
 
 def test_run_folder_has_what_it_should(tmp_path):
@@ -279,10 +281,14 @@ def test_cache_is_used_only_with_its_own_stamp(tmp_path):
         return TokenSet(torch.zeros(3, 2, 4).int(), torch.arange(3), torch.arange(3))
 
     path = tmp_path / "tokens.safetensors"
-    for stamp in ({"tokenizer": "a"}, {"tokenizer": "a"}, {"tokenizer": "b"}):
-        cache = cached(path, stamp, make)
+    for _ in range(2):
+        cache = cached(path, {"tokenizer": "a"}, make)
         assert len(cache) == 3 and cache.labels == [0, 1, 2]
-    assert len(made) == 2
+    assert len(made) == 1
+    with pytest.raises(UserError, match="another tokenizer"):
+        cached(path, {"tokenizer": "b"}, make)
+    path.write_bytes(path.read_bytes()[:-5])
+    assert len(cached(path, {"tokenizer": "a"}, make)) == 3 and len(made) == 2
 
 
 def test_token_batches_resume_at_any_step_and_pass_over_every_image():

@@ -8,10 +8,12 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, pictures
 
-from maskgit import MaskGIT, Pipeline
+from maskgit import MaskGIT, Pipeline, runs
 from maskgit.commands.main import main
+from maskgit.engine.config import parse_overrides
 from vqgan import VQGAN
 
 TINY = [
@@ -49,8 +51,15 @@ def said(capsys):
 def test_own_pictures_with_classes_then_flat_and_resume(own, said, tmp_path):
     tokenizer, run = tmp_path / "vq", tmp_path / "tr"
     common = [*TINY, f"data.path={own}", "data.max_broken=0.1"]
-    status, text = said("emoji_vqgan", *common, f"run={tokenizer}", "model.mult=[1, 2, 4]")
+    shape = ["model.mult=[1, 2, 4]", "loss.quantize_from=1"]
+    status, text = said("emoji_vqgan", *common, *shape, f"run={tokenizer}")
     assert status == 0 and "reached: loss" in text, text
+    codes = VQGAN.from_pretrained(tokenizer / "export").quantizer.codebook
+    warm = [f"run={tmp_path / 'warm_vq'}", f"init={tokenizer / 'export'}", "train.lr=1e-9"]
+    status, text = said("emoji_vqgan", *common, *shape, *warm, "loss.decay=1", "loss.dead=0")
+    assert status == 0, text
+    kept = VQGAN.from_pretrained(tmp_path / "warm_vq" / "export").quantizer.codebook
+    assert torch.allclose(codes, kept, atol=1e-4)
     assert VQGAN.from_pretrained(tokenizer / "export").config.factor == 4
 
     arguments = ["emoji_maskgit", *common, f"run={run}", f"tokenizer={tokenizer / 'export'}"]
@@ -62,8 +71,10 @@ def test_own_pictures_with_classes_then_flat_and_resume(own, said, tmp_path):
 
     status, text = said(*arguments)
     assert status == 0 and "nothing to do" in text
+    (run / "export" / "model_index.json").unlink()  # as if a kill had come before it was written
+    assert said(*arguments)[0] == 0 and (run / "export" / "model_index.json").exists()
     status, text = said(*arguments, "train.lr=0.5")
-    assert status == 2 and "train.lr: 0.001, now 0.5" in text and "run=" in text
+    assert status == 2 and "train.lr: 0.002, now 0.5" in text and "run=" in text
     status, text = said(*arguments, "train.steps=6")
     assert status == 0 and "resuming" in text
     steps = [json.loads(x)["step"] for x in (run / "metrics.jsonl").read_text().splitlines()]
@@ -104,11 +115,22 @@ def test_changed_data_with_the_bundled_tokenizer_is_warned_of(own, said, tmp_pat
         (["emoji_vqgan", "data.size=[60, 60]"], "no multiple of 8 pixels"),
         (["emoji_vqgan", "loss.perceptual=1", "loss.vgg=nowhere.pth"], "vgg16-397923af.pth"),
         (["emoji_vqgan", "train.device=cuda:9"], "no GPU"),
+        (["emoji_vqgan", "train.dtype=fp16"], "take bf16 or fp32"),
+        (["emoji_vqgan", "train.batch_size=0"], "train.batch_size=0 must be above 0"),
+        (["emoji_vqgan", "train.betas=[0.9]"], "train.betas=[0.9]"),
+        (["emoji_vqgan", "train.seed=-1"], "train.seed=-1"),
+        (["emoji_vqgan", "model.channels=20"], "groups=8 must divide"),
+        (["emoji_vqgan", "model.mult=[]"], "groups=8 must divide"),
+        (["emoji_vqgan", "model.attention=[4]"], "levels are 0 to 3"),
+        (["emoji_vqgan", "loss.quantize_from=5000"], "set it lower"),
         (["emoji_vqgan", "init=nowhere"], "no model at nowhere"),
         (["emoji_maskgit", "size=huge"], "unknown size 'huge'"),
         (["emoji_maskgit", "loss.schedule=cosin"], "did you mean 'cosine'"),
         (["emoji_maskgit", "tokenizer=nowhere"], "no model at nowhere"),
-        (["emoji_maskgit", "model.codebook_size=7"], "follow from tokenizer and data"),
+        (["emoji_maskgit", "model.codebook_size=7"], "follow from tokenizer"),
+        (["emoji_maskgit", "model.grid=[4, 4]"], "follow from tokenizer"),
+        (["emoji_maskgit", "sampling.guidence=3"], "did you mean 'guidance'"),
+        (["emoji_maskgit", "model.depth=0"], "depth=0"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments, message, said, tmp_path):
@@ -117,7 +139,18 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, said, tmp_path):
     (line,) = [line for line in text.splitlines() if line.startswith("maskgit:")]
     assert message in line
     assert "Traceback" not in text
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_size_sets_the_model_and_later_settings_win():
+    content = {"task": "maskgit", "size": "halton-base", "model": {"depth": 3}}
+    for words, shape in (
+        ([], (768, 3, 12)),
+        (["size=tiny"], (64, 2, 4)),
+        (["size=tiny", "model.heads=2"], (64, 2, 2)),
+    ):
+        model = runs.resolve(dict(content), parse_overrides(words), smoke=False)[0].model
+        assert (model.width, model.depth, model.heads) == shape
 
 
 def test_empty_folder_and_unwritable_run(said, tmp_path):

@@ -77,11 +77,14 @@ class CodebookAverage(nn.Module):
         self.total.copy_(centres * self.count[:, None])
 
     @torch.no_grad()
-    def update(self, codebook: Tensor, rows: Tensor, ids: Tensor) -> None:
-        """One step with the latents (M, D) assigned to codes `ids` (M,); sets `codebook` (K, D)."""
+    def update(self, codebook: Tensor, rows: Tensor, ids: Tensor, move: bool = True) -> None:
+        """One step with the latents (M, D) assigned to codes `ids` (M,); sets `codebook` (K, D),
+        unless it is learnt by gradient and only counted here (`move` false)."""
         count, total = assignment(rows, ids, len(codebook))
         self.count.lerp_(count, 1 - self.decay)
         self.total.lerp_(total, 1 - self.decay)
+        if not move:
+            return
         mean = self.total / self.count.clamp_min(1e-5)[:, None]
         # A code without rows for so long that its average has run out stays where it is.
         codebook.copy_(torch.where(self.count[:, None] > 1e-5, mean, codebook))

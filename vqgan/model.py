@@ -50,6 +50,14 @@ class VQGANConfig:
             self.quantizer = QuantizerConfig(**self.quantizer)
         pick({"conv": 0, "pool": 0}, self.down, "downsampling")
         pick({"input": 0, "output": 0}, self.shortcut, "shortcut")
+        widths = [self.channels * m for m in self.mult]
+        if not widths or self.groups < 1 or min(widths) < 1 or any(w % self.groups for w in widths):
+            raise UserError(
+                f"groups={self.groups} must divide the width of each level, channels times mult, "
+                f"which is {widths}"
+            )
+        if any(not 0 <= level < len(widths) for level in self.attention):
+            raise UserError(f"attention={self.attention}: the levels are 0 to {len(widths) - 1}")
         if not self.quant_conv and self.quantizer.dim != self.z_channels:
             raise UserError("quantizer.dim must equal z_channels unless quant_conv is set")
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from maskgit.common import UserError
+
 
 @dataclass
 class QuantizerConfig:
@@ -19,6 +21,10 @@ class QuantizerConfig:
     codebook_size: int = 1024
     dim: int = 256
     normalize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.codebook_size < 1 or self.dim < 1:
+            raise UserError(f"a codebook of {self.codebook_size} codes of width {self.dim} is none")
 
 
 class Quantizer(nn.Module):

@@ -96,8 +96,8 @@ class VQGANTask:
 
         if not quantized:
             self.codebook.collect(rows.detach())
-        elif config.average:
-            self.follow(rows.detach(), tokens, step, logs)
+        else:
+            self.follow(rows.detach(), tokens, step)
         if config.adversarial and step >= config.discriminator_from:
             yield self.discriminator_update(real, fake.detach())
 
@@ -155,10 +155,10 @@ class VQGANTask:
         )
 
     @torch.no_grad()
-    def follow(self, rows: Tensor, tokens: Tensor, step: int, logs: dict[str, Tensor]) -> None:
+    def follow(self, rows: Tensor, tokens: Tensor, step: int) -> None:
         """Move the codebook after its latents, and dead codes onto some of them."""
         codebook = self.model.quantizer.codebook
-        self.codebook.update(codebook, rows, tokens.flatten())
+        self.codebook.update(codebook, rows, tokens.flatten(), move=self.config.average)
         if step < self.config.restart_until:
             self.codebook.restart(codebook, rows)
 

@@ -4,8 +4,6 @@ import argparse
 import time
 from pathlib import Path
 
-from maskgit.common import UserError
-
 HELP = "train a tokenizer or a transformer"
 EXAMPLE = "maskgit train emoji_vqgan --smoke"
 
@@ -38,11 +36,9 @@ def run(args: argparse.Namespace) -> int:
         last = runs.start(described)
     except Stopped as stopped:
         return stopped.status
-    if not last:
+    if last is None:
         print(f"{described.run} has finished its {described.train.steps} steps: nothing to do")
         return 0
-    if "loss" not in last:
-        raise UserError("train.log_every=0 leaves nothing to report: set it above 0")
     print(f"reached: loss {last['loss']:.3f} in {time.monotonic() - start:.0f} s")
     print(Path(described.run) / "export")
     return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from maskgit.common.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 FORMAT_VERSION = 1
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -90,8 +90,6 @@ def build_config(cls: type[C], content: dict[str, Any], where: str | Path) -> C:
 
 def save_module(folder: str | Path, module: "nn.Module", config: Any, half: bool = False) -> None:
     """Write `config.json` and `model.safetensors` (float16 if `half`) into `folder`."""
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {
@@ -99,12 +97,21 @@ def save_module(folder: str | Path, module: "nn.Module", config: Any, half: bool
         for k, v in module.state_dict().items()
     }
     partial = folder / f".model.safetensors.{os.getpid()}"
-    save_file(state, partial)
-    partial.chmod(0o644)  # safetensors writes 0600, and folders are to be shared
+    write_tensors(partial, state)
     partial.replace(folder / "model.safetensors")
     write_json(
         folder / "config.json", {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
     )
+
+
+def write_tensors(
+    path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file. Unlike the library's own writer, with the permissions of any other
+    file, and a full disk is an OSError."""
+    from safetensors.torch import save
+
+    path.write_bytes(save(tensors, metadata))
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from maskgit.common import UserError
-from maskgit.common.folder import file_hash
+from maskgit.common.folder import file_hash, write_tensors
 
 MANIFEST = "manifest.json"  # written last: a folder without it is not a checkpoint
 State = dict[str, dict[str, Tensor]]  # file name -> tensors
@@ -28,7 +28,7 @@ def save(folder: Path, step: int, state: State, meta: dict[str, Any], keep: int 
     partial.mkdir(parents=True)
     for name, tensors in state.items():
         plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        save_file(plain, partial / f"{name}.safetensors")
+        write_tensors(partial / f"{name}.safetensors", plain)
     hashes = {p.name: file_hash(p) for p in sorted(partial.iterdir())}
     manifest = {"step": step, "files": hashes, **meta}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -37,7 +37,8 @@ def save(folder: Path, step: int, state: State, meta: dict[str, Any], keep: int 
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     _sync(folder)
-    for old in steps(folder)[:-keep]:
+    # Damaged newer ones, which a resumed run passed over, do not count as kept.
+    for old in [p for p in steps(folder) if p.name <= target.name][:-keep]:
         shutil.rmtree(old)
     return target
 

@@ -6,6 +6,8 @@ and `export`. So the two optimizers of a GAN are two yields, not a special case.
 """
 
 import json
+import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -48,8 +50,18 @@ class TrainConfig:
     save_every: int = 500
     keep_last: int = 2
     device: str = "auto"
-    dtype: str = "auto"  # of the forward pass; weights and their updates are fp32
-    compile: bool = False  # torch.compile: a minute at the start, then faster
+    dtype: str = "auto"  # fp32 or bf16, of the forward pass; weights and their updates are fp32
+    compile: bool = False  # torch.compile: half a minute at the start, then faster
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "lr", "clip", "keep_last"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"train.{name}={getattr(self, name)} must be above 0")
+        for name in ("weight_decay", "warmup", "seed", "final_lr"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"train.{name}={getattr(self, name)} must be 0 or more")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in [*self.betas, self.ema]):
+            raise UserError(f"train.betas={self.betas} and train.ema={self.ema} must be below 1")
 
 
 class Task(Protocol):
@@ -84,34 +96,36 @@ def train(
     config: TrainConfig,
     run: Path,
     log: Callable[[str], None] = print,
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """Train up to `config.steps`, from the newest complete checkpoint of the folder `run` if any.
 
     `batches(step)` gives the batches from that step on; `validation` names sets, each a function
     that gives the same batches at each call. Writes `metrics.jsonl`, `samples/`, `checkpoints/`,
-    TensorBoard's events and, at the end and at each save, `export/`. Returns the last metrics.
-    Raises Stopped after a signal, once all is saved.
+    TensorBoard's events and, at the end and at each save, `export/`. Returns the last metrics, or
+    None if the run had finished before. Raises Stopped after a signal, once all is saved.
     """
-    device = pick_device(config.device)
-    bf16 = pick_dtype(config.dtype, device) == torch.bfloat16
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no")
-    state = _State(task, config, accelerator)
+    accelerator = make_accelerator(config)
+    state = _State(task, config, accelerator, log)
     start = state.resume(run, log)
-    journal = _Journal(run)
+    if start >= config.steps:
+        task.export(state.ema.module, run / "export")  # a kill may have come before it
+        return None
+    journal = _Journal(run, start)
     last: dict[str, float] = {}
     with meter(config.steps, "step", done=start) as advance, _caught_signals() as stop:
         stream = batches(start)
-        since, images = time.monotonic(), 0
+        interval, seconds = [], 0.0
         for step in range(start, config.steps):
+            since = time.monotonic()
             batch = {k: v.to(accelerator.device) for k, v in next(stream).items()}
-            logs = state.update(batch, step)
-            images += len(next(iter(batch.values())))
+            interval.append(state.update(batch, step))
+            seconds += time.monotonic() - since  # of training, without validation and saving
             done = step + 1
-            if _due(done, config.log_every, config.steps):
-                last = {k: float(v) for k, v in logs.items()}
-                rate = images / (time.monotonic() - since)
+            if _due(done, config.log_every, config.steps) or done == config.steps:
+                last = averaged(interval)
+                rate = len(interval) * config.batch_size / seconds
                 last |= {f"{unit}_per_second": n * rate for unit, n in task.units.items()}
-                since, images = time.monotonic(), 0
+                interval, seconds = [], 0.0
                 journal.write(done, last)
             advance(note=f"loss {last['loss']:.4f}" if "loss" in last else "")
             if _due(done, config.validate_every, config.steps):
@@ -120,22 +134,54 @@ def train(
                     last |= {f"{name}/{k}": v for k, v in scores.items()}
                 journal.write(done, {k: v for k, v in last.items() if "/" in k})
                 log(f"step {done}: " + _line(last))
-            if _due(done, config.draw_every, config.steps):
-                journal.picture(done, task.draw(state.ema.module, batch))
             if _due(done, config.save_every, config.steps) or done == config.steps or stop:
                 state.save(run, done)
                 task.export(state.ema.module, run / "export")
+            if _due(done, config.draw_every, config.steps):
+                journal.picture(done, task.draw(state.ema.module, batch))
             if stop:
                 log(f"stopped by a signal; saved at step {done}")
                 raise Stopped(stop[0])
-            since = since if images else time.monotonic()  # validation is not training time
     return last
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Device and precision of the forward pass, as the config asks; UserError if it cannot be."""
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    if dtype == torch.float16:
+        raise UserError("train.dtype=fp16 would need loss scaling: take bf16 or fp32")
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    bf16 = dtype == torch.bfloat16
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no")
+    if accelerator.num_processes > 1:
+        raise UserError(f"training takes one process, not {accelerator.num_processes}, as yet")
+    return accelerator
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs: for a processor, a C++ compiler."""
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    return device.type != "cpu" or any(shutil.which(name) for name in compilers)
+
+
+def averaged(interval: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each logged value over some steps, leaving out those that are not numbers."""
+    names = {name: None for logs in interval for name in logs}
+    means = {
+        name: torch.stack([logs[name].float() for logs in interval if name in logs]).nanmean()
+        for name in names
+    }
+    return {name: float(mean) for name, mean in means.items() if mean == mean}
 
 
 class _State:
     """Everything that a checkpoint holds: parts, their optimizers, the average."""
 
-    def __init__(self, task: Task, config: TrainConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self, task: Task, config: TrainConfig, accelerator: Accelerator, log: Callable[[str], None]
+    ) -> None:
         self.task, self.config, self.accelerator = task, config, accelerator
         for part in task.parts.values():
             part.to(accelerator.device).train()
@@ -151,9 +197,11 @@ class _State:
         }
         self.model = next(iter(task.parts.values()))
         self.ema = EMA(self.model, config.ema)
-        if config.compile:
+        if config.compile and can_compile(accelerator.device):
             for part in task.parts.values():
                 part.compile()
+        elif config.compile:
+            log("no C++ compiler found (CXX, c++, g++, clang++): training goes on uncompiled")
 
     def update(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One step: each update that the task yields, then the average."""
@@ -208,15 +256,21 @@ class _State:
 class _Journal:
     """metrics.jsonl, pictures, and the same for TensorBoard."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, start: int) -> None:
+        """Go on at step `start`: what a killed run noted beyond its last checkpoint is dropped."""
         from torch.utils.tensorboard import SummaryWriter
 
         (run / "samples").mkdir(parents=True, exist_ok=True)
-        self.run = run
-        self.board = SummaryWriter(str(run / "tensorboard"))
+        self.file = run / "metrics.jsonl"
+        self.samples = run / "samples"
+        if self.file.exists():
+            lines = self.file.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and _step(line) <= start]
+            self.file.write_text("".join(kept))
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        with (self.run / "metrics.jsonl").open("a") as file:
+        with self.file.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
@@ -226,8 +280,12 @@ class _Journal:
         """`image` (3, H, W) in [0, 1]."""
         from torchvision.utils import save_image
 
-        save_image(image, self.run / "samples" / f"step_{step:08d}.png")
+        save_image(image, self.samples / f"step_{step:08d}.png")
         self.board.add_image("samples", image.cpu(), step)
+
+
+def _step(line: str) -> int:
+    return json.loads(line)["step"]
 
 
 def _due(done: int, every: int, steps: int) -> bool:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from maskgit.common import UserError
+from maskgit.common.folder import write_tensors
 from maskgit.common.progress import meter
 from maskgit.engine.data import ImageSet, in_order
 from maskgit.engine.order import Order
@@ -57,18 +58,27 @@ def tokenize(
 
 
 def cached(path: Path, stamp: dict[str, str], make: Callable[[], TokenSet]) -> TokenSet:
-    """The tokens in the file `path` if it bears `stamp`; else those that `make` makes, kept there.
+    """The tokens in the file `path`, or, without such a file, those that `make` makes, kept there.
 
-    The stamp says what they depend on: tokenizer, data, crop, mirroring.
+    `stamp` says what they depend on: tokenizer, data, size, mirroring. A file with another stamp is
+    a UserError: a run that went on with other tokens would quietly learn something else.
     """
     if path.is_file():
-        with safe_open(path, "pt") as file:
-            if file.metadata() == stamp:
-                return TokenSet(*(file.get_tensor(k) for k in ("tokens", "labels", "indices")))
+        try:
+            with safe_open(path, "pt") as file:
+                if file.metadata() == stamp:
+                    return TokenSet(*(file.get_tensor(k) for k in ("tokens", "labels", "indices")))
+        except SafetensorError:  # cut off while it was written
+            path.unlink()
+        else:
+            raise UserError(
+                f"{path} holds tokens of another tokenizer or of other data than this run names: "
+                f"give run=ANOTHER_FOLDER, or delete the file if the run may go on with new ones"
+            )
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"tokens": made.tokens, "labels": made.label_of, "indices": made.index_of}
-    save_file(content, path, metadata=stamp)
+    write_tensors(path, content, stamp)
     return made
 
 

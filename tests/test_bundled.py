@@ -1,0 +1,90 @@
+"""The bundled model keeps what the headers of its configs say: recomputed here, not quoted."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+from maskgit import Pipeline
+from maskgit.common.folder import read_json
+from maskgit.engine.data import DataConfig, in_order, open_images
+from maskgit.engine.tokens import fixed_batches, tokenize
+from maskgit.runs import MaskGITRun, VQGANRun
+from maskgit.task import MaskGITLossConfig, MaskGITTask
+from vqgan.discriminator import DiscriminatorConfig
+from vqgan.task import VQGANLossConfig, VQGANTask
+
+
+def stated(config: str, pattern: str) -> float:
+    """The number in the header of a config that stands where `pattern` has its group."""
+    header = re.match(r"(#.*\n)*", (ROOT / "configs" / f"{config}.yaml").read_text())[0]
+    found = re.search(pattern, header.replace("\n# ", " "))
+    assert found, f"the header of {config} does not say {pattern}"
+    return float(found[1].replace(",", ""))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline.from_pretrained("emoji", device="cpu", dtype="fp32")
+
+
+def test_tokenizer_on_the_held_out_drawings(pipe):
+    heldout = open_images(DataConfig("emoji", mirror=False), "heldout")
+    task = VQGANTask(pipe.vqgan, VQGANLossConfig(), DiscriminatorConfig(), 64)
+    scores = task.validate(pipe.vqgan, in_order(heldout, 63))
+    assert scores["psnr"] == pytest.approx(stated("emoji_vqgan", r"PSNR ([\d.]+) dB"), abs=0.02)
+    assert scores["psnr"] >= 22
+    assert 100 * scores["usage"] == pytest.approx(
+        stated("emoji_vqgan", r"([\d.]+) % of the codes"), abs=0.3
+    )
+    assert scores["usage"] >= 0.7
+
+
+@pytest.mark.parametrize(("split", "name"), [("train", "training"), ("heldout", "held-out")])
+def test_transformer_on_training_and_held_out_drawings(pipe, split, name):
+    images = open_images(DataConfig("emoji", mirror=False), split)
+    task = MaskGITTask(pipe.transformer, MaskGITLossConfig(), pipe.vqgan, pipe.labels)
+    tokens = tokenize(images, pipe.vqgan.encode, torch.device("cpu"))
+    scores = task.validate(pipe.transformer, fixed_batches(tokens, 63, 189))
+    for metric, digits in (("accuracy", 0.003), ("loss", 0.02)):
+        number = stated("emoji_maskgit", rf"{name} drawings:[^:]*?{metric} ([\d.]+)")
+        assert scores[metric] == pytest.approx(number, abs=digits)
+
+
+def test_weights_are_what_the_configs_describe(pipe):
+    described = yaml.safe_load((ROOT / "configs" / "emoji_vqgan.yaml").read_text())["model"]
+    for key, value in described.items():
+        if key != "quantizer":
+            assert getattr(pipe.vqgan.config, key) == value
+    described = yaml.safe_load((ROOT / "configs" / "emoji_maskgit.yaml").read_text())
+    for key, value in described["model"].items():
+        assert getattr(pipe.transformer.config, key) == value
+    assert pipe.sampling == described["sampling"]
+    assert pipe.sampling["steps"] == 8
+    info = read_json(ROOT / "maskgit/assets/emoji/data/info.json")
+    assert pipe.labels == info["classes"]
+    vqgan = yaml.safe_load((ROOT / "configs" / "emoji_vqgan.yaml").read_text())
+    assert vqgan["data"]["no_mirror"] == info["no_mirror"]
+
+
+def test_samples_are_pictures_on_white_ground(pipe):
+    images = pipe.sample([0, "cat-face", "heart", "food-fruit"] * 2, seed=0)
+    assert (images.flatten(2).std(2).mean(1) > 0.1).all()  # none of a single colour
+    corners = images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert corners.median() > 0.97
+    again = partial(pipe.sample, ["heart"], seed=2)
+    assert torch.equal(again(), again())
+    assert (again()[0] - images[2]).abs().max() < 1e-4  # in a batch of eight or alone
+
+
+def test_schemas_cover_the_bundled_configs():
+    from maskgit.engine.config import parse_overrides, read_yaml
+    from maskgit.runs import resolve
+
+    for name, schema in {"emoji_vqgan": VQGANRun, "emoji_maskgit": MaskGITRun}.items():
+        content = read_yaml(name, [ROOT / "configs"])
+        run, expect = resolve(content, parse_overrides([]), smoke=True)
+        assert type(run) is schema and run.run.endswith("_smoke") and "loss" in expect
