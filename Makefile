@@ -29,7 +29,8 @@ format: .venv/.ready
 
 .venv/.ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later found: install one, or set PYTHON" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || \
+		{ rm -rf .venv; echo "make: $(PYTHON) cannot make an environment (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@PATH="$$PATH:$(CURDIR)/$(BIN)"; \
 	command -v uv >/dev/null || $(BIN)/python -m pip install --quiet uv || true; \
 	uv pip install --python $(BIN)/python -e ".[test]" || $(BIN)/python -m pip install -e ".[test]"

@@ -60,8 +60,14 @@ def decode(
             0 <= start_step < steps,
             f"start step {start_step} is not one of the steps 0 to {steps - 1}",
         ),
-        (min(start, end) >= 0, f"temperature is {temperature}, but must be 0 or more"),
-        (choice_temperature >= 0, f"choice temperature is {choice_temperature}, but not below 0"),
+        (
+            0 <= start < math.inf and 0 <= end < math.inf,
+            f"temperature is {temperature}, but must be 0 or more",
+        ),
+        (
+            0 <= choice_temperature < math.inf,
+            f"choice temperature is {choice_temperature}, but not below 0",
+        ),
         (top_k is None or top_k >= 1, f"top-k is {top_k}, but keeps at least 1 token"),
         (top_p is None or 0 < top_p <= 1, f"top-p is {top_p}, but must be in (0, 1]"),
         (seeds is None or len(seeds) == len(tokens), "there must be one seed for each image"),

@@ -29,6 +29,8 @@ def check(images: Tensor, masks: Tensor, dilate: int, feather: int) -> Tensor:
         raise UserError(f"masks must be ({b}, 1, {h}, {w}): got {tuple(masks.shape)}")
     if dilate < 0 or feather < 0:
         raise UserError(f"dilate and feather are 0 or more: got {dilate} and {feather}")
+    if feather > max(h, w):
+        raise UserError(f"feather is {feather} pixels, more than the image has: {w} x {h}")
     return (masks.to(images.device) > 0.5).expand(b, -1, -1, -1)
 
 
@@ -39,6 +41,7 @@ def token_mask(mask: Tensor, factor: int, dilate: int = 0) -> Tensor:
     (diagonals count as one). H and W are multiples of `factor`.
     """
     cells = F.max_pool2d(mask.float(), factor)  # (B, 1, h, w)
+    dilate = min(dilate, max(cells.shape[-2:]))  # more reaches no further
     if dilate:
         cells = F.max_pool2d(cells, 2 * dilate + 1, stride=1, padding=dilate)
     return cells[:, 0] > 0

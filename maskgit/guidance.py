@@ -59,13 +59,16 @@ def guided(
     With and without their labels the images go through the model as one batch of 2B. Where the
     scale is 0 at this r, only the B with their labels do.
 
-    Raises UserError for a scale other than 0 when the model has no null label.
+    Raises UserError for a scale other than 0 when the model has no null label, or a scale that is
+    no finite number.
     """
 
     def plain(tokens: Tensor, r: float) -> Tensor:
         return model(tokens, labels)
 
     shape = guidance_shape(schedule)
+    if not math.isfinite(scale):
+        raise UserError(f"guidance is {scale}, but must be a finite number")
     if scale == 0:
         return plain
     null = model.config.null_label

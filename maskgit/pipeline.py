@@ -78,7 +78,10 @@ class Pipeline:
         if version != FORMAT_VERSION:
             raise UserError(f"{folder}/model_index.json: no format_version {FORMAT_VERSION}")
         vqgan, transformer = VQGAN.from_pretrained(folder), MaskGIT.from_pretrained(folder)
-        pipe = cls(vqgan, transformer, read_json(folder / "labels.json"), index.get("sampling"))
+        labels, sampling = read_json(folder / "labels.json"), index.get("sampling") or {}
+        if not isinstance(labels, list) or not isinstance(sampling, dict):
+            raise UserError(f"{folder}: labels.json is no list of names, or sampling no settings")
+        pipe = cls(vqgan, transformer, labels, sampling)
         size = list(pipe.image_size)
         if index.get("image_size", size) != size:
             raise UserError(

@@ -35,10 +35,10 @@ def test_tokenizer_on_the_held_out_drawings(pipe):
     heldout = open_images(DataConfig("emoji", mirror=False), "heldout")
     task = VQGANTask(pipe.vqgan, VQGANLossConfig(), DiscriminatorConfig(), 64)
     scores = task.validate(pipe.vqgan, in_order(heldout, 63))
-    assert scores["psnr"] == pytest.approx(stated("emoji_vqgan", r"PSNR ([\d.]+) dB"), abs=0.02)
+    assert scores["psnr"] == pytest.approx(stated("emoji_vqgan", r"PSNR (\d+\.\d+) dB"), abs=0.02)
     assert scores["psnr"] >= 22
     assert 100 * scores["usage"] == pytest.approx(
-        stated("emoji_vqgan", r"([\d.]+) % of the codes"), abs=0.3
+        stated("emoji_vqgan", r"(\d+\.\d+) % of the codes"), abs=0.3
     )
     assert scores["usage"] >= 0.7
 
@@ -50,7 +50,7 @@ def test_transformer_on_training_and_held_out_drawings(pipe, split, name):
     tokens = tokenize(images, pipe.vqgan.encode, torch.device("cpu"))
     scores = task.validate(pipe.transformer, fixed_batches(tokens, 63, 189))
     for metric, digits in (("accuracy", 0.003), ("loss", 0.02)):
-        number = stated("emoji_maskgit", rf"{name} drawings:[^:]*?{metric} ([\d.]+)")
+        number = stated("emoji_maskgit", rf"{name} drawings:[^:]*?{metric} (\d+\.\d+)")
         assert scores[metric] == pytest.approx(number, abs=digits)
 
 

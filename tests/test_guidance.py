@@ -136,9 +136,16 @@ def test_model_without_null_label(tokens):
         ("cosntant", "unknown guidance schedule 'cosntant': did you mean 'constant'"),
         ("linear:2", "linear:2.*do not fit"),
         ("interval:a-b", "do not fit"),
+        ("interval:0.8-0.3", "do not fit"),
         ("interval:0.1-0.2-0.3", "do not fit"),
     ],
 )
 def test_bad_schedule(model, schedule, told):
     with pytest.raises(UserError, match=told):
         guided(model, LABELS, 1.0, schedule)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_scale_that_is_no_number(model, scale):
+    with pytest.raises(UserError, match="must be a finite number"):
+        guided(model, LABELS, scale)

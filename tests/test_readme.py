@@ -63,7 +63,16 @@ def test_every_block_runs(copy, new_environment):
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "PIP_NO_BUILD_ISOLATION": "0",  # pip's way to say that isolation is off
     }
-    install = (programs / "python", "-m", "pip", "install", "--no-deps", "--no-index", ".")
+    install = (
+        programs / "python",
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--force-reinstall",
+        ".",
+    )
     done = execute(*install, cwd=copy, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -37,7 +37,7 @@ def wheel(programs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def installed(programs, wheel):
     """The programs of an environment in which the wheel is installed."""
-    install = ("install", "--no-index", "--no-deps", wheel)
+    install = ("install", "--no-index", "--no-deps", "--force-reinstall", wheel)
     done = execute(programs / "python", "-m", "pip", *install, cwd=wheel.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return programs

@@ -94,11 +94,11 @@ def open_image(path: Path) -> "Image":
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             picture: Image.Image = Image.open(path)
-        if picture.width * picture.height > MOST_PIXELS:
-            raise UserError(f"{path} has {picture.width} x {picture.height} pixels: shrink it")
-        picture = ImageOps.exif_transpose(picture)
+            if picture.width * picture.height > MOST_PIXELS:
+                raise UserError(f"{path} has {picture.width} x {picture.height} pixels: shrink it")
+            picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):  # 16 bits a pixel, or 32 of which 16 are used
             print(f"{path} has 16 bits a channel: reduced to 8")
             picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
@@ -108,7 +108,9 @@ def open_image(path: Path) -> "Image":
         raise UserError(f"no file {path}") from None
     except UnidentifiedImageError:
         raise UserError(f"{path} is not an image that can be opened") from None
-    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # on damaged bytes, decoders raise nearly anything
         raise UserError(f"{path} cannot be opened: {error}") from None
 
 

@@ -17,7 +17,9 @@ from maskgit.common import UserError, nearest
 COMMANDS = ("sample", "edit", "train", "doctor")  # each a module of this package
 
 # What a full or a locked disk says: no bug, so no traceback.
-DISK = {errno.EACCES: 2, errno.EPERM: 2, errno.EROFS: 2, errno.ENOSPC: 1, errno.EDQUOT: 1}
+DISK = {errno.ENOSPC: 1, errno.EDQUOT: 1, errno.EFBIG: 1}
+DISK |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY), 2)
+DISK |= dict.fromkeys((errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR), 2)
 
 
 class Parser(argparse.ArgumentParser):

@@ -103,7 +103,7 @@ def check_output(out: Path, as_sheet: bool) -> None:
 
 def chosen_classes(pipe: "Pipeline", classes: list[str] | None) -> list[int | None]:
     """The class numbers that the option asks for; without it, some that show what there is."""
-    if not pipe.labels and not classes:
+    if not pipe.labels and classes in (None, ["all"]):
         return [None]
     if not classes:
         return pipe.showcase or list(range(min(FIRST, len(pipe.labels))))

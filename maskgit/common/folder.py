@@ -84,7 +84,7 @@ def build_config(cls: type[C], content: dict[str, Any], where: str | Path) -> C:
             raise UserError(f"{where}: {cls.__name__} has no field {key!r}: {nearest(key, fields)}")
     try:
         return cls(**content)
-    except TypeError as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
 
 
@@ -136,7 +136,13 @@ def load_module(folder: str | Path, module_cls: Any, config_cls: type[C]) -> Any
     version = content.pop("format_version", None) if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{folder}/config.json: format_version {version} is not {FORMAT_VERSION}")
-    module = module_cls(build_config(config_cls, content, folder / "config.json"))
+    config = build_config(config_cls, content, folder / "config.json")
+    try:
+        module = module_cls(config)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{folder}/config.json describes no {module_cls.__name__}: {error}"
+        ) from None
     load_weights(module, load_state(folder / "model.safetensors"), folder)
     return module.eval()
 
