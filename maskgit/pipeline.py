@@ -25,7 +25,8 @@ from maskgit.model import MaskGIT
 from maskgit.request import Labels, image_seeds, label_ids, merge
 from vqgan import VQGAN
 
-DILATE, FEATHER = 1, 2  # tokens around a mask, pixels inside it: see `inpaint`
+# See `inpaint`. Seams around holes in 80 emoji: 0.072 with dilation 0, 0.082 with 1, 0.11 with 2.
+DILATE, FEATHER = 0, 2
 
 
 class Pipeline:
@@ -84,10 +85,8 @@ class Pipeline:
         pipe = cls(vqgan, transformer, labels, sampling)
         size = list(pipe.image_size)
         if index.get("image_size", size) != size:
-            raise UserError(
-                f"{folder}: tokenizer and transformer do not belong together: grid times factor "
-                f"is {size}, but the model makes {index['image_size']}"
-            )
+            sizes = f"grid x factor is {size}, not {index['image_size']}"
+            raise UserError(f"{folder}: tokenizer and transformer do not belong together: {sizes}")
         return pipe.to(device, dtype)
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
@@ -147,9 +146,8 @@ class Pipeline:
 
         Raises UserError for an unknown class, and for a setting that is unknown or out of range.
         """
-        ids = self.label_ids(labels)
+        ids, settings = self.label_ids(labels), self.settings(settings)
         seeds = image_seeds(seed, len(ids))
-        settings = self.settings(settings)
         if not ids or batch_size < 1:
             raise UserError(f"{len(ids)} labels in batches of {batch_size}: take at least 1 each")
         config = self.transformer.config
@@ -193,8 +191,7 @@ class Pipeline:
         ids = ids * len(images) if len(ids) == 1 else ids
         if len(ids) != len(images):
             raise UserError(f"{len(ids)} labels for {len(images)} images: give one, or one each")
-        seeds = image_seeds(seed, len(ids))
-        settings = self.settings(settings)
+        seeds, settings = image_seeds(seed, len(ids)), self.settings(settings)
         factor, mask_id = self.vqgan.config.factor, self.transformer.config.mask_id
 
         def paint(view: Tensor, unknown: Tensor, rows: list[int], turn: int) -> Tensor:
@@ -244,10 +241,10 @@ class Pipeline:
 
     def _decode(self, tokens: Tensor, ids: Sequence[int | None], **options: Any) -> Tensor:
         """Fill in the masked ones of `tokens` (B, N), and render the images (B, 3, H, W)."""
-        config, labels = self.transformer.config, None
-        if any(i is not None for i in ids):
-            numbers = [config.null_label if i is None else i for i in ids]
-            labels = torch.tensor(numbers, device=self.device)
+        config = self.transformer.config
+        numbers = [config.null_label if i is None else i for i in ids]
+        classless = all(i is None for i in ids)
+        labels = None if classless else torch.tensor(numbers, device=self.device)
         scale, shape = options.pop("guidance"), options.pop("guidance_schedule")
         function = guided(self.transformer, labels, scale, shape)
         return self.render(decode(function, tokens, config.mask_id, **options))

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num", type=shared.at_least(1), default=NUM, help=f"variants ({NUM})")
     parser.add_argument("--seed", type=int, default=0, help="of the first variant; +1 for each (0)")
     parser.add_argument(
-        "--dilate", type=shared.at_least(0), help="tokens around the mask that may change too (1)"
+        "--dilate", type=shared.at_least(0), help="tokens around the mask that may change too (0)"
     )
     parser.add_argument(
         "--feather", type=shared.at_least(0), help="pixels over which the mask's inside fades (2)"
@@ -221,12 +221,13 @@ def write(
     paths: list[Path],
 ) -> None:
     """The variants as they are, and the sheet: input, mask, variants with their seeds."""
+    import numpy as np
     from PIL import Image
 
     from maskgit.sheet import save_all, sheet
 
     shown = [Image.fromarray(over_white(image)) for image in (pixels, *variants)]
-    groups = [("input", shown[:1]), ("mask", [Image.fromarray(mask)])]
+    groups = [("input", shown[:1]), ("mask", [Image.fromarray(mask * np.uint8(200))])]
     groups += [(f"{i + 1}: seed {args.seed + i}", [shown[i + 1]]) for i in range(args.num)]
     files = dict(zip(paths, map(Image.fromarray, variants), strict=True))
     save_all({**files, args.out: sheet(groups)})
