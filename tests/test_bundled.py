@@ -74,7 +74,7 @@ def test_samples_are_pictures_on_white_ground(pipe):
     images = pipe.sample([0, "cat-face", "heart", "food-fruit"] * 2, seed=0)
     assert (images.flatten(2).std(2).mean(1) > 0.1).all()  # none of a single colour
     border = torch.cat([images[..., :2, :], images[..., -2:, :]], 2)
-    assert (border > 0.97).float().mean() > 0.6  # the ground is white, but for some of its edge
+    assert (border > 0.97).float().mean() > 0.9  # the ground is white, but for some of its edge
     again = partial(pipe.sample, ["heart"], seed=2)
     assert torch.equal(again(), again())
 
