@@ -5,7 +5,6 @@ exported), a `step` that yields one (part, loss, logs) per optimizer update, `va
 and `export`. So the two optimizers of a GAN are two yields, not a special case.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ from maskgit.common.device import pick_device, pick_dtype
 from maskgit.common.progress import meter
 from maskgit.engine import checkpoint
 from maskgit.engine.ema import EMA
+from maskgit.engine.journal import Journal
 from maskgit.engine.optim import decay_groups, warmup_cosine
 
 Batch = dict[str, Tensor]
@@ -110,7 +110,7 @@ def train(
     if start >= config.steps:
         task.export(state.ema.module, run / "export")  # a kill may have come before it
         return None
-    journal = _Journal(run, start)
+    journal = Journal(run, start)
     last: dict[str, float] = {}
     with meter(config.steps, "step", done=start) as advance, _caught_signals() as stop:
         stream = batches(start)
@@ -251,41 +251,6 @@ class _State:
         self.ema.module.load_state_dict(state["average"])
         log(f"resuming {run} at step {manifest['step']}")
         return manifest["step"]
-
-
-class _Journal:
-    """metrics.jsonl, pictures, and the same for TensorBoard."""
-
-    def __init__(self, run: Path, start: int) -> None:
-        """Go on at step `start`: what a killed run noted beyond its last checkpoint is dropped."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        (run / "samples").mkdir(parents=True, exist_ok=True)
-        self.file = run / "metrics.jsonl"
-        self.samples = run / "samples"
-        if self.file.exists():
-            lines = self.file.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _step(line) <= start]
-            self.file.write_text("".join(kept))
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-        self.board.flush()
-
-    def picture(self, step: int, image: Tensor) -> None:
-        """`image` (3, H, W) in [0, 1]."""
-        from torchvision.utils import save_image
-
-        save_image(image, self.samples / f"step_{step:08d}.png")
-        self.board.add_image("samples", image.cpu(), step)
-
-
-def _step(line: str) -> int:
-    return json.loads(line)["step"]
 
 
 def _due(done: int, every: int, steps: int) -> bool:
