@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 Sets = dict[str, Callable[[], Iterable[Batch]]]
 Joined = tuple[Task, Callable[[int], Iterator[Batch]], Sets]
 # What a run that goes on may change.
-FREE = {"run", "init", "size", "data.workers", "sampling"}
+FREE = {"run", "size", "data.workers", "sampling"}
 FREE |= {f"train.{name}" for name in ("steps", "device", "compile", "keep_last")}
 FREE |= {f"train.{name}_every" for name in ("log", "validate", "draw", "save")}
 
