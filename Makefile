@@ -1,4 +1,4 @@
-# make sample | test | test-slow | lint | format
+# make sample | test | test-slow | bench | lint | format
 # Each makes the environment .venv first: with uv, or with pip where uv cannot be had.
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -7,7 +7,7 @@ BIN := .venv/bin
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: sample test test-slow lint format
+.PHONY: sample test test-slow bench lint format
 
 sample: .venv/.ready
 	@$(BIN)/python sample.py --out out/sample.png
@@ -17,6 +17,9 @@ test: lint
 
 test-slow: .venv/.ready
 	$(PYTEST) -m slow --durations 10
+
+bench: .venv/.ready
+	$(BIN)/python -m benchmarks
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -18,6 +18,8 @@ from maskgit.engine.config import build, differences, merge
 from maskgit.engine.data import DataConfig, ImageSet, batches, in_order, open_images
 from maskgit.engine.loop import Batch, Task, TrainConfig, make_accelerator, train
 from maskgit.engine.tokens import cached, fixed_batches, token_batches, tokenize
+from maskgit.evaluation.classifier import Classifier, ClassifierConfig
+from maskgit.evaluation.classifier_task import ClassifierLossConfig, ClassifierTask
 from maskgit.model import SIZES, MaskGIT, MaskGITConfig
 from maskgit.task import MaskGITLossConfig, MaskGITTask
 from vqgan import VQGAN, VQGANConfig
@@ -61,9 +63,16 @@ class MaskGITRun(Run):
     sampling: dict[str, Any] = field(default_factory=dict)  # the model's own sampler settings
 
 
-# What of the transformer's config is no setting.
+@dataclass
+class ClassifierRun(Run):
+    task: str = "classifier"
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    loss: ClassifierLossConfig = field(default_factory=ClassifierLossConfig)
+
+
+# What of the models' configs is no setting.
 FOLLOWS: dict[str, Any] = dict(codebook_size=0, num_classes=0, grid=[0, 0], has_null_label=True)
-SCHEMAS = {"vqgan": VQGANRun, "maskgit": MaskGITRun}
+SCHEMAS = {"vqgan": VQGANRun, "maskgit": MaskGITRun, "classifier": ClassifierRun}
 
 
 def resolve(content: dict[str, Any], overrides: DictConfig, smoke: bool) -> tuple[Any, str]:
@@ -86,8 +95,10 @@ def resolve(content: dict[str, Any], overrides: DictConfig, smoke: bool) -> tupl
             sized.append({"model": pick(SIZES, str(size), "size")})
         sized.append(layer)
     run = build(merge(schema, *sized))
-    if schema is MaskGITRun and run.model != replace(run.model, **FOLLOWS):
-        raise UserError(f"model.{', model.'.join(FOLLOWS)} follow from tokenizer, data and loss")
+    follows = {name: value for name, value in FOLLOWS.items() if hasattr(run.model, name)}
+    if schema is not VQGANRun and run.model != replace(run.model, **follows):
+        listed = ", ".join(f"model.{name}" for name in follows)
+        raise UserError(f"what must follow from tokenizer, data and loss cannot be set: {listed}")
     return run, expect
 
 
@@ -98,8 +109,12 @@ def start(run: Any, say: Say = print) -> dict[str, float] | None:
     check_folder(folder, OmegaConf.to_container(settings))
     make_accelerator(run.train)  # raises now, if it cannot be had
     torch.manual_seed(run.train.seed)
-    make: Callable[..., Joined] = vqgan_run if run.task == "vqgan" else maskgit_run
-    task, stream, validation = make(run, folder, say)
+    joins: dict[str, Callable[..., Joined]] = {
+        "vqgan": vqgan_run,
+        "maskgit": maskgit_run,
+        "classifier": classifier_run,
+    }
+    task, stream, validation = joins[run.task](run, folder, say)
     folder.mkdir(parents=True, exist_ok=True)
     partial_file = folder / ".config.yaml"
     partial_file.write_text(OmegaConf.to_yaml(settings))
@@ -138,24 +153,15 @@ def vqgan_run(run: VQGANRun, folder: Path, say: Say) -> Joined:
     if run.init:
         initialise(model, VQGAN.from_pretrained(run.init), run.init)
         run.loss.quantize_from = 0  # its codebook is part of what it starts from
+    elif run.loss.decoder_only:
+        raise UserError("loss.decoder_only needs a tokenizer to start from: give init=FOLDER")
     if run.loss.quantize_from >= run.train.steps:
         raise UserError(
             f"loss.quantize_from={run.loss.quantize_from} leaves none of the {run.train.steps} "
             f"steps for the codebook: set it lower"
         )
     task = VQGANTask(model, run.loss, run.discriminator, min(run.data.size))
-
-    def stream(step: int) -> Iterator[Batch]:
-        return batches(
-            images,
-            run.train.batch_size,
-            seed=run.train.seed,
-            start_step=step,
-            balanced=run.data.balanced,
-            workers=run.data.workers,
-        )
-
-    return task, stream, {"heldout": lambda: in_order(heldout, 64)}
+    return task, image_stream(run, images), {"heldout": lambda: in_order(heldout, 64)}
 
 
 def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
@@ -204,6 +210,31 @@ def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
     same = len(sets["heldout"])
     validation: Sets = {name: partial(fixed_batches, some, 64, same) for name, some in sets.items()}
     return task, stream, validation
+
+
+def classifier_run(run: ClassifierRun, folder: Path, say: Say) -> Joined:
+    """The classifier's task, its batches of images, and the held-out images."""
+    images, heldout = open_images(run.data), open_images(run.data, "heldout")
+    if not images.classes:
+        raise UserError(f"{run.data.path} has no classes: put the images of each into a folder")
+    run.model.num_classes = len(images.classes)
+    model = Classifier(run.model)
+    if run.init:
+        initialise(model, Classifier.from_pretrained(run.init), run.init)
+    task = ClassifierTask(model, run.loss, images.classes)
+    return task, image_stream(run, images), {"heldout": lambda: in_order(heldout, 64)}
+
+
+def image_stream(run: Run, images: ImageSet) -> Callable[[int], Iterator[Batch]]:
+    """Batches of images from a step on, as the run wants them."""
+    return lambda step: batches(
+        images,
+        run.train.batch_size,
+        seed=run.train.seed,
+        start_step=step,
+        balanced=run.data.balanced,
+        workers=run.data.workers,
+    )
 
 
 def check_size(size: list[int], factor: int) -> None:

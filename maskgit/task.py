@@ -13,6 +13,7 @@ from torchvision.utils import make_grid
 
 from maskgit import noise
 from maskgit.common import UserError, pick
+from maskgit.common.folder import read_json, write_json
 from maskgit.masking import random_mask
 from maskgit.model import MaskGIT
 from maskgit.pipeline import Pipeline
@@ -160,3 +161,5 @@ class MaskGITTask:
     def export(self, model: MaskGIT, folder: Path) -> None:
         """Write a whole model folder: the (averaged) transformer, its tokenizer, the labels."""
         self.pipeline(transformer=model).save_pretrained(folder)
+        index = folder / "model_index.json"
+        write_json(index, {**read_json(index), "averaged_weights": True})

@@ -12,7 +12,9 @@ from maskgit import Pipeline
 from maskgit.common.folder import read_json
 from maskgit.engine.data import DataConfig, in_order, open_images
 from maskgit.engine.tokens import fixed_batches, tokenize
-from maskgit.runs import MaskGITRun, VQGANRun
+from maskgit.evaluation.classifier import Classifier
+from maskgit.evaluation.classifier_task import ClassifierLossConfig, ClassifierTask
+from maskgit.runs import ClassifierRun, MaskGITRun, VQGANRun
 from maskgit.task import MaskGITLossConfig, MaskGITTask
 from vqgan.discriminator import DiscriminatorConfig
 from vqgan.task import VQGANLossConfig, VQGANTask
@@ -35,7 +37,8 @@ def test_tokenizer_on_the_held_out_drawings(pipe):
     heldout = open_images(DataConfig("emoji", mirror=False), "heldout")
     task = VQGANTask(pipe.vqgan, VQGANLossConfig(), DiscriminatorConfig(), 64)
     scores = task.validate(pipe.vqgan, in_order(heldout, 63))
-    assert scores["psnr"] == pytest.approx(stated("emoji_vqgan", r"PSNR (\d+\.\d+) dB"), abs=0.02)
+    psnr = stated("emoji_decoder", r"189 held-out drawings: PSNR (\d+\.\d+) dB")
+    assert scores["psnr"] == pytest.approx(psnr, abs=0.02)
     assert scores["psnr"] >= 22
     assert 100 * scores["usage"] == pytest.approx(
         stated("emoji_vqgan", r"(\d+\.\d+) % of the codes"), abs=0.3
@@ -54,8 +57,21 @@ def test_transformer_on_training_and_held_out_drawings(pipe, split, name):
         assert scores[metric] == pytest.approx(number, abs=digits)
 
 
+def test_classifier_on_the_held_out_drawings(pipe):
+    heldout = open_images(DataConfig("emoji"), "heldout")
+    model = Classifier.from_pretrained("emoji")
+    task = ClassifierTask(model, ClassifierLossConfig(), pipe.labels)
+    scores = task.validate(model, in_order(heldout, 63))
+    for name in ("top-1", "top-5"):
+        number = stated("emoji_classifier", rf"{name} accuracy (\d+\.\d+) %")
+        assert 100 * scores[name.replace("-", "")] == pytest.approx(number, abs=0.6)  # one drawing
+    assert scores["top1"] >= 0.4
+
+
 def test_weights_are_what_the_configs_describe(pipe):
-    described = yaml.safe_load((ROOT / "configs" / "emoji_vqgan.yaml").read_text())["model"]
+    configs = [ROOT / "configs" / f"emoji_{name}.yaml" for name in ("vqgan", "decoder")]
+    described, again = (yaml.safe_load(config.read_text())["model"] for config in configs)
+    assert described == again
     for key, value in described.items():
         if key != "quantizer":
             assert getattr(pipe.vqgan.config, key) == value
@@ -63,6 +79,11 @@ def test_weights_are_what_the_configs_describe(pipe):
     for key, value in described["model"].items():
         assert getattr(pipe.transformer.config, key) == value
     assert pipe.sampling == described["sampling"]
+    described = yaml.safe_load((ROOT / "configs" / "emoji_classifier.yaml").read_text())["model"]
+    classifier = Classifier.from_pretrained("emoji").config
+    for key, value in described.items():
+        assert getattr(classifier, key) == value
+    assert classifier.num_classes == len(pipe.labels)
     assert pipe.sampling["steps"] == 8
     info = read_json(ROOT / "maskgit/assets/emoji/data/info.json")
     assert pipe.labels == info["classes"]
@@ -83,7 +104,12 @@ def test_schemas_cover_the_bundled_configs():
     from maskgit.engine.config import parse_overrides, read_yaml
     from maskgit.runs import resolve
 
-    for name, schema in {"emoji_vqgan": VQGANRun, "emoji_maskgit": MaskGITRun}.items():
+    schemas = {
+        "emoji_vqgan": VQGANRun,
+        "emoji_maskgit": MaskGITRun,
+        "emoji_classifier": ClassifierRun,
+    }
+    for name, schema in schemas.items():
         content = read_yaml(name, [ROOT / "configs"])
         run, expect = resolve(content, parse_overrides([]), smoke=True)
         assert type(run) is schema and run.run.endswith("_smoke") and "loss" in expect

@@ -9,6 +9,7 @@ import tokenize
 import pytest
 from conftest import ROOT
 
+from maskgit.commands.evaluate import COMMANDS as EVALUATE
 from maskgit.commands.main import COMMANDS
 
 PACKAGES = [name for name in ("maskgit", "vqgan", "clip") if (ROOT / name).is_dir()]
@@ -124,6 +125,7 @@ except SystemExit as end:
         "from maskgit.common.folder import find",
         HELP.format(["--help"]),
         *(HELP.format([name, "--help"]) for name in COMMANDS),
+        *(HELP.format(["evaluate", name, "--help"]) for name in EVALUATE),
     ],
 )
 def test_loads_no_torch(code, tmp_path):

@@ -124,6 +124,7 @@ def test_changed_data_with_the_bundled_tokenizer_is_warned_of(own, said, tmp_pat
         (["emoji_vqgan", "model.attention=[4]"], "levels are 0 to 3"),
         (["emoji_vqgan", "loss.quantize_from=5000"], "set it lower"),
         (["emoji_vqgan", "init=nowhere"], "no model at nowhere"),
+        (["emoji_vqgan", "loss.decoder_only=true"], "give init=FOLDER"),
         (["emoji_maskgit", "size=huge"], "unknown size 'huge'"),
         (["emoji_maskgit", "loss.schedule=cosin"], "did you mean 'cosine'"),
         (["emoji_maskgit", "tokenizer=nowhere"], "no model at nowhere"),
@@ -131,6 +132,9 @@ def test_changed_data_with_the_bundled_tokenizer_is_warned_of(own, said, tmp_pat
         (["emoji_maskgit", "model.grid=[4, 4]"], "follow from tokenizer"),
         (["emoji_maskgit", "sampling.guidence=3"], "did you mean 'guidance'"),
         (["emoji_maskgit", "model.depth=0"], "depth=0"),
+        (["emoji_classifier", "model.num_classes=7"], "follow from tokenizer"),
+        (["emoji_classifier", "model.widths=[12]"], "groups=8 must divide"),
+        (["emoji_classifier", "loss.label_smoothing=1"], "label_smoothing=1"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments, message, said, tmp_path):
@@ -162,8 +166,32 @@ def test_empty_folder_and_unwritable_run(said, tmp_path):
     assert status == 2 and "cannot write" in text
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_sharper_decoder_leaves_every_token_as_it_was(compiled, own, said, tmp_path):
+    common = [*TINY, f"data.path={own}", "data.max_broken=0.1", "model.mult=[1, 2, 4]"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    status, text = said("emoji_vqgan", *common, "loss.quantize_from=1", f"run={first}")
+    assert status == 0, text
+    gan = [
+        "loss.adversarial=0.5",
+        "loss.generator_from=1",
+        "loss.ramp=0",
+        f"train.compile={compiled}",
+    ]
+    start = [f"init={first / 'export'}", "loss.decoder_only=true", f"run={second}"]
+    status, text = said("emoji_vqgan", *common, *start, *gan)
+    assert status == 0, text
+    before, after = (VQGAN.from_pretrained(run / "export") for run in (first, second))
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    tokens = before.encode(images)
+    assert torch.equal(tokens, after.encode(images))
+    assert not torch.allclose(before.decode(tokens), after.decode(tokens), atol=1e-4)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["emoji_vqgan", "emoji_maskgit"])
+@pytest.mark.parametrize(
+    "name", ["emoji_vqgan", "emoji_decoder", "emoji_maskgit", "emoji_classifier"]
+)
 def test_smoke_run_reaches_the_loss_that_it_announces(name, maskgit, tmp_path):
     done = maskgit("train", name, "--smoke", f"run={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr

@@ -34,6 +34,7 @@ class VQGANLossConfig:
     dead: float = 0.1  # a code with fewer latents a step, on average, is restarted
     quantize_from: int = 100  # steps of plain autoencoding before k-means makes the codebook
     restart_until: int = 1_000_000_000  # no restarts later, so that the codes can settle
+    decoder_only: bool = False  # encoder and codebook stand still: every token stays what it was
     adversarial: float = 0.0  # the generator's weight once the discriminator takes part
     adversarial_loss: str = "hinge"  # or "non-saturating"
     adaptive: bool = True  # weigh it further by the ratio of gradients, at most `adaptive_max`
@@ -72,6 +73,9 @@ class VQGANTask:
             self.parts["discriminator"] = Discriminator(discriminator, image_size)
         codebook = model.quantizer.codebook
         codebook.requires_grad_(not config.average)
+        if config.decoder_only:  # a sharper decoder for the same tokens (Muse, section 2.3)
+            for still in (model.encoder, model.quant_conv, model.quantizer):
+                still.requires_grad_(False)
         pool = 16 * len(codebook) if config.quantize_from else 0
         self.codebook = CodebookAverage(codebook, config.decay, config.dead, pool)
         self.parts["codebook"] = self.codebook
@@ -96,7 +100,7 @@ class VQGANTask:
 
         if not quantized:
             self.codebook.collect(rows.detach())
-        else:
+        elif not config.decoder_only:
             self.follow(rows.detach(), tokens, step)
         if config.adversarial and step >= config.discriminator_from:
             yield self.discriminator_update(real, fake.detach())

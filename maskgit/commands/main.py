@@ -9,12 +9,12 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import NoReturn
 
 from maskgit.common import UserError, nearest
 
-COMMANDS = ("sample", "edit", "train", "doctor")  # each a module of this package
+COMMANDS = ("sample", "edit", "train", "evaluate", "doctor")  # each a module of this package
 
 # What a full or a locked disk says: no bug, so no traceback.
 DISK = {errno.ENOSPC: 1, errno.EDQUOT: 1, errno.EFBIG: 1}
@@ -80,47 +80,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"cannot write {where}: {error.strerror}", DISK[error.errno])
 
 
-def dispatch(arguments: Sequence[str]) -> int:
-    """Parse the arguments and run the command that they name."""
+def dispatch(
+    arguments: Sequence[str],
+    prog: str = "maskgit",
+    package: str = __package__,
+    commands: Sequence[str] = COMMANDS,
+) -> int:
+    """Parse the arguments and run the command of `package` that they name.
+
+    A command that is itself a package with COMMANDS has subcommands, found in the same way.
+    """
     if not arguments:
-        raise UserError(f"which command? maskgit {{{','.join(COMMANDS)}}} (see maskgit --help)")
+        raise UserError(f"which command? {prog} {{{','.join(commands)}}} (see {prog} --help)")
     name, *rest = arguments
-    if name in COMMANDS:
-        command = load(name)
-        parser = Parser(f"maskgit {name}", command.EXAMPLE, command.HELP)
+    if name in commands:
+        command = import_module(f"{package}.{name}")
+        if hasattr(command, "COMMANDS"):
+            return dispatch(rest, f"{prog} {name}", command.__name__, command.COMMANDS)
+        parser = Parser(f"{prog} {name}", command.EXAMPLE, command.HELP)
         command.add_arguments(parser)
         parser.check_options(rest)
         return command.run(parser.parse_intermixed_args(rest)) or 0
     if name in ("-h", "--help"):
-        print(overview())
+        print(overview(prog, package, commands))
         return 0
-    if name == "--version":
+    if name == "--version" and commands is COMMANDS:
         import maskgit
 
         print(f"maskgit {maskgit.__version__}")
         return 0
     what = "option" if name.startswith("-") else "command"
-    raise UserError(f"unknown {what} {name!r}: {nearest(name, (*COMMANDS, '--help', '--version'))}")
+    raise UserError(f"unknown {what} {name!r}: {nearest(name, (*commands, '--help', '--version'))}")
 
 
-def load(name: str) -> ModuleType:
-    """The module of a command."""
-    return import_module(f"maskgit.commands.{name}")
-
-
-def overview() -> str:
-    """What `maskgit --help` prints."""
-    commands = [f"  {name:<8}{load(name).HELP}" for name in COMMANDS]
+def overview(prog: str, package: str, commands: Sequence[str]) -> str:
+    """What `maskgit --help` prints, and `maskgit COMMAND --help` of one with subcommands."""
+    modules = {name: import_module(f"{package}.{name}") for name in commands}
     return "\n".join(
         [
-            f"example: {load(COMMANDS[0]).EXAMPLE}",
+            f"example: {next(iter(modules.values())).EXAMPLE}",
             "",
-            "usage: maskgit COMMAND [options]",
+            f"usage: {prog} COMMAND [options]",
             "",
             "commands:",
-            *commands,
+            *(f"  {name:<11}{module.HELP}" for name, module in modules.items()),
             "",
-            "maskgit COMMAND --help tells the rest; maskgit --version the version.",
+            f"{prog} COMMAND --help tells the rest; maskgit --version the version.",
         ]
     )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskgit.common import UserError
 from maskgit.common.device import DTYPES
-from maskgit.common.folder import file_hash, find
+from maskgit.common.folder import file_hash, find, read_json
 
 if TYPE_CHECKING:
     from maskgit.pipeline import Pipeline
@@ -83,6 +83,11 @@ def model_hashes(source: str) -> dict[str, str]:
     """SHA-256 of the weights, by part."""
     parts = ("vqgan", "transformer")
     return {part: file_hash(find(source) / part / "model.safetensors") for part in parts}
+
+
+def averaged(source: str) -> bool | None:
+    """Whether a model has the moving average of its weights; None where it does not say."""
+    return read_json(find(source) / "model_index.json").get("averaged_weights")
 
 
 def computed_on(pipe: "Pipeline") -> dict[str, str]:

@@ -1,10 +1,10 @@
-"""`maskgit train`: a tokenizer or a transformer, from a config and `key=value` settings."""
+"""`maskgit train`: any of the models, from a config and `key=value` settings."""
 
 import argparse
 import time
 from pathlib import Path
 
-HELP = "train a tokenizer or a transformer"
+HELP = "train a tokenizer, a transformer or a classifier"
 EXAMPLE = "maskgit train emoji_vqgan --smoke"
 
 # In the wheel the configs stand inside the package, in a checkout beside it.

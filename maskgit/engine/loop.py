@@ -198,6 +198,8 @@ class _State:
         self.model = next(iter(task.parts.values()))
         self.ema = EMA(self.model, config.ema)
         if config.compile and can_compile(accelerator.device):
+            # The adaptive weight of a GAN walks the graph before `backward` does.
+            torch._functorch.config.donated_buffer = False
             for part in task.parts.values():
                 part.compile()
         elif config.compile:

@@ -1,0 +1,76 @@
+"""Reading, scoring and statistics against the bare network: what evaluation adds to its time.
+
+The limit is the extractor on images that are in memory already, in the same run. Memory is that
+of a process of its own for each number of images, because a peak cannot be taken back.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskgit.evaluation.extractors import Extractor, extract, open_extractor
+from maskgit.evaluation.report import table
+from maskgit.evaluation.sets import PixelSet, open_pixels, write_npz
+
+FEW, MANY, BATCH, TURNS = 1_000, 50_000, 64, 5
+
+
+def run() -> list[dict[str, Any]]:
+    """The rows of the table: bare and whole rate in turns, and memory at both numbers."""
+    extractor = open_extractor("emoji", "auto")
+    images = open_pixels("emoji")
+    bare, whole = zip(*(one_turn(extractor, images) for _ in range(TURNS)), strict=True)
+    rates = sorted(bare)[TURNS // 2], sorted(whole)[TURNS // 2]
+    share = sorted(b / a for a, b in zip(bare, whole, strict=True))[TURNS // 2]
+    rows = [
+        {"what": "bare extractor, images/s", "value": rates[0]},
+        {"what": "folder to statistics, images/s", "value": rates[1]},
+        {"what": "share of the bare rate", "value": share},
+    ]
+    for count in (FEW, MANY):
+        rows.append({"what": f"peak memory at {count:,} images, MB", "value": peak_memory(count)})
+    table(("what", "value"), [(row["what"], f"{row['value']:.4g}") for row in rows])
+    return rows
+
+
+def one_turn(extractor: Extractor, images: PixelSet) -> tuple[float, float]:
+    """Images a second of the network alone, and from the files to the statistics."""
+    batches = list(images.batches(BATCH))
+    start = time.perf_counter()
+    for batch in batches:
+        extractor(batch)[0].sum().item()
+    bare = time.perf_counter() - start
+    start = time.perf_counter()
+    extract(extractor, images, BATCH, keep=False)
+    return len(images) / bare, len(images) / (time.perf_counter() - start)
+
+
+def peak_memory(count: int) -> float:
+    """Megabytes that a process holds at most while it takes statistics of `count` images."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "images.npz")
+        write_npz(file, repeated(count), count, (64, 64))
+        command = [sys.executable, "-m", "benchmarks.evaluation", str(file)]
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def repeated(count: int) -> Iterator[Tensor]:
+    """The bundled drawings over and over."""
+    images = torch.cat(list(open_pixels("emoji").batches(BATCH)))
+    for start in range(0, count, BATCH):
+        rows = torch.arange(start, min(start + BATCH, count)) % len(images)
+        yield images[rows]
+
+
+if __name__ == "__main__":
+    extract(open_extractor("emoji", "auto"), open_pixels(sys.argv[1]), BATCH, keep=False)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -1,0 +1,99 @@
+"""What one training step of the classifier does: vary the images, name them, compare."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from maskgit.common import UserError
+from maskgit.common.folder import write_json
+from maskgit.evaluation.classifier import Classifier
+
+Batch = dict[str, Tensor]  # image uint8 (B, 3, H, W), label int64 (B,)
+
+
+@dataclass
+class ClassifierLossConfig:
+    """How the classifier is trained; each range is symmetric around "as it is"."""
+
+    label_smoothing: float = 0.1
+    turn: float = 10.0  # degrees that an image is turned at most
+    zoom: float = 0.2  # by exp(zoom) at most, smaller or larger
+    shift: float = 0.08  # of its side at most
+    gamma: float = 0.3  # a power exp(gamma) at most of each channel: black and white stay
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing={self.label_smoothing} is not from 0 to below 1")
+
+
+def vary(images: Tensor, config: ClassifierLossConfig) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], each turned, zoomed, shifted and coloured at random.
+
+    What comes into view continues the edge, which of drawings is their ground.
+    """
+    b = len(images)
+
+    def draw(shape: tuple[int, ...], limit: float) -> Tensor:
+        return (torch.rand(shape, device=images.device) * 2 - 1) * limit
+
+    angle, scale = draw((b,), math.radians(config.turn)), draw((b,), config.zoom).exp()
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    shift = draw((b, 2), 2 * config.shift)  # a side has length 2
+    theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1)
+    grid = F.affine_grid(theta.view(b, 2, 3), list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return images.clamp(1e-6, 1) ** draw((b, 3, 1, 1), config.gamma).exp()
+
+
+class ClassifierTask:
+    """Trains a Classifier; device, optimizer and averaged weights are the engine's."""
+
+    def __init__(
+        self, model: Classifier, config: ClassifierLossConfig, labels: Sequence[str]
+    ) -> None:
+        """`labels` are the names of the classes, which are exported beside the weights."""
+        self.config, self.labels = config, list(labels)
+        self.parts: dict[str, nn.Module] = {"classifier": model}
+        self.units = {"images": 1}
+
+    def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """The one update of a step: ("classifier", loss, logs)."""
+        images, labels = vary(batch["image"].float() / 255, self.config), batch["label"]
+        logits = self.parts["classifier"](images)  # (B, num_classes)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        hits = (logits.argmax(1) == labels).float().mean()
+        yield "classifier", loss, {"loss": loss.detach(), "top1": hits}
+
+    @torch.no_grad()
+    def validate(self, model: Classifier, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss (nats, no smoothing), and the shares of images whose class is the likeliest (top1)
+        and among the five likeliest (top5)."""
+        pairs = [(model(batch["image"].float() / 255), batch["label"]) for batch in batches]
+        if not pairs:
+            raise UserError("there is no image to validate on")
+        logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        own = logits.gather(1, labels[:, None])  # (N, 1)
+        rank = (logits > own).sum(1)  # (N,)
+        return {
+            "loss": F.cross_entropy(logits, labels).item(),
+            "top1": (rank < 1).float().mean().item(),
+            "top5": (rank < 5).float().mean().item(),
+        }
+
+    @torch.no_grad()
+    def draw(self, model: Classifier, batch: Batch) -> Tensor:
+        """The batch's images, (3, H, W) in [0, 1], those least taken for their class first."""
+        images = batch["image"].float() / 255
+        own = model(images).log_softmax(1).gather(1, batch["label"][:, None])[:, 0]  # (B,)
+        return make_grid(images[own.argsort()[:32]], nrow=8, pad_value=1.0)
+
+    def export(self, model: Classifier, folder: Path) -> None:
+        """Write the (averaged) classifier as the `classifier` of a model folder, and the labels."""
+        model.save_pretrained(folder / "classifier")
+        write_json(folder / "labels.json", self.labels)

@@ -1,0 +1,136 @@
+"""Draws the images of an evaluation: each by its own seed, resumable, shared between processes.
+
+Image i is the file `000123.png` of a folder, whoever draws it and whenever: a file is written
+whole and then named, and what has its name is kept. So a run that was killed goes on, and any
+number of processes makes the same set.
+"""
+
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskgit.common import UserError
+from maskgit.common.folder import read_json, write_json
+from maskgit.common.progress import meter
+from maskgit.engine.config import differences
+from maskgit.evaluation.protocol import apportion
+from maskgit.pipeline import Pipeline
+from maskgit.request import label_ids
+from maskgit.sheet import to_pictures
+
+
+def choose_labels(
+    policy: str, count: int, names: Sequence[str], reference: Sequence[int | None], seed: int
+) -> list[int | None]:
+    """The class of each of `count` images, by the policy of `--labels`.
+
+    balanced: the same number of each, classes taking turns. random: drawn uniformly. reference:
+    with the frequencies of the reference's own labels. Else a file: one name or number a line.
+    Raises UserError for what cannot be had.
+    """
+    classes = len(names)
+    if not classes:
+        return [None] * count
+    if policy == "balanced":
+        return [i % classes for i in range(count)]
+    if policy == "random":
+        return np.random.default_rng([seed, 0]).integers(classes, size=count).tolist()
+    if policy == "reference":
+        known = [label for label in reference if label is not None and label >= 0]
+        if not known or max(known) >= classes:
+            raise UserError(f"--labels reference: the reference has no labels of {classes} classes")
+        counts = apportion(count, np.bincount(known, minlength=classes).tolist())
+        return [label for label in range(classes) for _ in range(counts[label])]
+    try:
+        lines = Path(policy).read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        choices = "balanced, random, reference"
+        raise UserError(f"--labels {policy}: neither {choices} nor a text file") from None
+    if len(lines) != count:
+        raise UserError(f"--labels {policy}: {len(lines)} lines for {count} images")
+    return label_ids([line.strip() for line in lines], names)
+
+
+def check_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Write what the images of `folder` are drawn by; UserError if others were begun there."""
+    file = folder / "plan.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, plan)
+        return
+    changed = differences(read_json(file), json.loads(json.dumps(plan)))
+    if changed:
+        raise UserError(
+            f"{folder} holds images drawn otherwise ({'; '.join(changed)[:300]}): "
+            f"give --out ANOTHER, or delete it"
+        )
+
+
+def check_disk(folder: Path, count: int, size: tuple[int, int]) -> float:
+    """The megabytes that `count` images may take; UserError where there is less."""
+    needed = count * size[0] * size[1] * 3  # PNG is at most about that
+    above = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    if shutil.disk_usage(above).free < needed:
+        raise UserError(f"{folder} may need {needed / 1e6:,.0f} MB, and the disk has less")
+    return needed / 1e6
+
+
+def draw(
+    pipe: Pipeline,
+    labels: Sequence[int | None],
+    seed: int,
+    folder: Path,
+    settings: dict[str, Any],
+    batch_size: int = 64,
+    share: tuple[int, int] = (0, 1),
+) -> int:
+    """Draw those images that `folder` lacks: image i of class labels[i] with seed `seed` + i.
+
+    Returns how many it drew. share: (k, n) draws only every n-th image from the k-th on, as
+    process k of n does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = range(share[0], len(labels), share[1])
+    missing = [i for i in mine if not image_file(folder, i).exists()]
+    with meter(len(mine), "drawing", "images", done=len(mine) - len(missing)) as advance:
+        for start in range(0, len(missing), batch_size):
+            rows = missing[start : start + batch_size]
+            images = pipe.sample(
+                [labels[i] for i in rows],
+                seed=[seed + i for i in rows],
+                batch_size=batch_size,
+                **settings,
+            )
+            for i, picture in zip(rows, to_pictures(images), strict=True):
+                write_png(image_file(folder, i), picture)
+            advance(len(rows))
+    return len(missing)
+
+
+def image_file(folder: Path, index: int) -> Path:
+    return folder / f"{index:06}.png"
+
+
+def write_png(file: Path, picture: Any) -> None:
+    """A PNG that is there whole or not at all."""
+    content = io.BytesIO()
+    picture.save(content, "PNG", compress_level=1)
+    partial = file.with_name(f".{file.name}")
+    partial.write_bytes(content.getvalue())
+    partial.replace(file)
+
+
+def check_complete(folder: Path, count: int) -> None:
+    """UserError unless `folder` has the images 0 to count - 1 and no others."""
+    there = {path.name for path in folder.glob("[!.]*")}
+    wanted = {image_file(folder, i).name for i in range(count)}
+    if there != wanted:
+        missing, extra = sorted(wanted - there), sorted(there - wanted)
+        what = f"{len(missing)} images are missing ({', '.join(missing[:3])})" if missing else ""
+        what += f" {len(extra)} are none of its own ({', '.join(extra[:3])})" if extra else ""
+        raise UserError(f"{folder}: {what.strip()}: run the command again, or delete the folder")

@@ -1,0 +1,171 @@
+"""What a number may be called, from how many images it may be computed, and what it compares with.
+
+A Frechet distance is FID only on the features of the Inception network of 2015, and FID-50K only
+of 50,000 images; other people's FID-50K of ImageNet compare with it only where all that the ADM
+evaluator (Dhariwal and Nichol 2021) fixes is the same.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from maskgit.common import UserError, pick
+
+INCEPTION_SHA256 = "6726825d"  # first digits, of the port that torch-fidelity publishes
+SPLITS = 10  # of the Inception Score
+KID_SIZE = 1000
+NEIGHBOURS = 3  # precision and recall; density and coverage take the 5 of their paper
+POINTS = 100  # fewer are no manifold to look for neighbours in
+
+METRICS = {
+    "fid": "Frechet distance to the reference",
+    "fid-infinity": "the same, extrapolated to infinitely many images",
+    "is": "Inception Score",
+    "kid": "kernel distance to the reference",
+    "pr": "precision and recall",
+    "dc": "density and coverage",
+    "accuracy": "share of images that the extractor's classifier puts into their class",
+    "nearest": "distance to the nearest image of the reference",
+}
+
+
+def least_images(metric: str, dim: int, classes: int | None) -> int:
+    """How many images of each set `metric` needs, with features of width `dim`.
+
+    A covariance of fewer than dim + 1 images is singular; a split of the Inception Score that is
+    smaller than the number of classes cannot show them all.
+    """
+    return {
+        "fid": dim + 1,
+        "fid-infinity": 2 * (dim + 1),
+        "is": SPLITS * (classes or 0),
+        "kid": KID_SIZE,
+        "pr": POINTS,
+        "dc": POINTS,
+    }.get(metric, 1)
+
+
+def choose(
+    asked: Sequence[str] | None,
+    fake: int,
+    real: int,
+    dim: int,
+    classes: int | None,
+    lacking: dict[str, str],
+) -> tuple[list[str], dict[str, str]]:
+    """The metrics to compute, and why others are left out: name -> reason.
+
+    fake, real: the images of each set. dim, classes: widths of the extractor's features and
+    logits. lacking: why a metric cannot be had for want of something else than images. Raises
+    UserError for one that was asked for by name and cannot be had.
+    """
+    left = dict(lacking)
+    for name in METRICS:
+        needed = least_images(name, dim, classes)
+        few = fake if name in ("is", "accuracy") else min(fake, real)
+        if name not in left and few < needed:
+            left[name] = f"needs {needed:,} images, and there are {few:,}"
+    for name in asked or ():
+        pick(METRICS, name, "metric")
+        if name in left:
+            raise UserError(f"--metrics {name}: {left[name]}; leave it out")
+    return (list(asked), {}) if asked else ([name for name in METRICS if name not in left], left)
+
+
+def title(metric: str, extractor: str, count: int) -> str:
+    """What the number is called in tables and files."""
+    inception = extractor == "inception"
+    if metric == "fid" and inception:
+        return "FID-50K" if count == 50_000 else f"FID ({count:,} images)"
+    base = {
+        "fid": "FD",
+        "fid-infinity": "FID-infinity" if inception else "FD-infinity",
+        "is": "Inception Score" if inception else "IS",
+        "kid": "KID" if inception else "KD",
+    }.get(metric, metric)
+    return base if inception else f"{base}-{extractor}"
+
+
+def judge(result: dict[str, Any]) -> tuple[str | None, list[str]]:
+    """The protocol's name if all its conditions hold, else None; and the reasons why not.
+
+    `result` is what `metrics.json` holds. A tokenizer's rFID is between reconstructions and the
+    same crops of 50,000 images; which these are, the reader has to look up in `reference`.
+    """
+    fake, real, extractor = result["images"], result["reference"], result["extractor"]
+    reasons = []
+    if fake["count"] != 50_000:
+        reasons.append(f"n={fake['count']:,}")
+    if extractor["name"] != "inception":
+        reasons.append(f"extractor {extractor['name']}")
+    elif not extractor["sha256"].startswith(INCEPTION_SHA256):
+        reasons.append("Inception weights of another hash")
+    if extractor["tf32"]:
+        reasons.append("TF32")
+    if result["command"] == "tokenizer":
+        return (None, reasons) if reasons else (f"rfid-50k@{fake['size'][0]}", [])
+    if real["kind"] != "adm":
+        reasons.append(f"reference {real['name']} is no ADM statistics file")
+    elif real["size"] != fake["size"]:
+        reasons.append("reference of another size")
+    for name, some in (("images", fake), ("reference", real)):
+        if some.get("resized"):
+            reasons.append(f"resized {name}")
+        if some.get("jpeg"):
+            reasons.append(f"JPEG files in the {name}")
+    classes = result["class_counts"]
+    if classes is None:
+        reasons.append("classes unknown")
+    elif len(classes) != 1000:
+        reasons.append(f"{len(classes)} classes")
+    return (None, reasons) if reasons else (f"adm-50k@{fake['size'][0]}", [])
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """The line about comparability that stands under every table."""
+    if result["protocol"]:
+        return f"protocol {result['protocol']}: comparable to numbers made under it"
+    return "NOT COMPARABLE: " + "; ".join(result["not_comparable"])
+
+
+def apart(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What makes several results incomparable with each other, one line each."""
+    looked_at = {
+        "extractor": ("extractor", "sha256"),
+        "reference": ("reference", "hash"),
+        "reference's size": ("reference", "size"),
+        "images": ("images", "count"),
+        "size of the images": ("images", "size"),
+        "resized images": ("images", "resized"),
+        "JPEG files": ("images", "jpeg"),
+        "labels": ("labels",),
+        "TF32": ("extractor", "tf32"),
+    }
+    lines = []
+    for name, path in looked_at.items():
+        values = []
+        for result in results:
+            value: Any = result
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            values.append(str(value)[:24])
+        if len(set(values)) > 1:
+            lines.append(f"{name}: {', '.join(values)}")
+    return lines
+
+
+def apportion(count: int, weights: Sequence[float]) -> list[int]:
+    """`count` divided by `weights`: largest remainders first, of equal ones the lower number."""
+    total = sum(weights)
+    exact = [count * weight / total for weight in weights]
+    counts = [int(share) for share in exact]
+    rest = sorted(range(len(weights)), key=lambda i: (counts[i] - exact[i], i))
+    for i in rest[: count - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def class_counts(labels: Sequence[int | None]) -> dict[str, int] | None:
+    """Images of each class, by its number; None where no image has a class."""
+    known = Counter(str(label) for label in labels if label is not None and label >= 0)
+    return dict(sorted(known.items(), key=lambda pair: int(pair[0]))) or None

@@ -1,0 +1,109 @@
+"""What an evaluation leaves behind: `metrics.json`, tables, and sheets to look at."""
+
+import platform
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from maskgit.common import UserError
+from maskgit.common.folder import FORMAT_VERSION, read_json, write_json
+from maskgit.evaluation.protocol import apart, judge, verdict
+
+PACKAGES = ("maskgit", "torch", "torchvision", "torch-fidelity", "numpy", "pillow")
+UINT8 = "round(255 x)"  # how images became bytes
+
+
+def environment() -> dict[str, Any]:
+    """What computed: processor and versions."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {"processor": processor(), "versions": versions}
+
+
+def processor() -> str:
+    """The processor's name, or its architecture where it does not tell one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def finish(out: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Complete `result` with its protocol and environment, and write it to out/metrics.json."""
+    protocol, reasons = judge(result)
+    result = {"format_version": FORMAT_VERSION, **result, **environment()}
+    result |= {"protocol": protocol, "not_comparable": reasons, "uint8": UINT8}
+    write_json(out / "metrics.json", result)
+    return result
+
+
+def save_statistics(file: Path, gaussian: Any) -> None:
+    """Mean and covariance as `mu` and `sigma`, the layout that pytorch-fid reads too."""
+    import numpy as np
+
+    partial = file.with_name(f".{file.name}")  # numpy adds .npz to names without it
+    np.savez(partial, mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy())
+    partial.replace(file)
+
+
+def load(file: Path) -> dict[str, Any]:
+    """A metrics.json; UserError if it is none."""
+    file = file / "metrics.json" if file.is_dir() else file
+    result = read_json(file)
+    if not isinstance(result, dict) or "metrics" not in result:
+        raise UserError(f"{file} is no metrics.json of `maskgit evaluate`")
+    return result
+
+
+def show(value: dict[str, Any]) -> str:
+    """A value as it stands in a table: 5 digits, its deviation behind it."""
+    text = f"{value['value']:.5g}"
+    return f"{text} ± {value['deviation']:.2g}" if "deviation" in value else text
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table: drawn on a terminal, in aligned plain text elsewhere."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    drawn = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    for column in columns:
+        drawn.add_column(column, no_wrap=True)
+    for row in rows:
+        drawn.add_row(*row)
+    console.print(drawn, soft_wrap=True)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Its numbers, what was left out and why, and what they compare with."""
+    rows = [(name, show(value), value.get("over", "")) for name, value in result["metrics"].items()]
+    table(("metric", "value", "deviation over"), rows)
+    for name, reason in result.get("left_out", {}).items():
+        print(f"left out: {name} ({reason})")
+    print(verdict(result))
+
+
+def compare(files: Sequence[Path]) -> None:
+    """Print results side by side, and what makes them incomparable."""
+    results = [load(file) for file in files]
+    names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
+    rows = [
+        (name, *(show(r["metrics"][name]) if name in r["metrics"] else "-" for r in results))
+        for name in names
+    ]
+    table(("metric", *(str(file) for file in files)), rows)
+    different = apart(results)
+    for line in different:
+        print(f"not the same: {line}")
+    print(
+        "NOT COMPARABLE with each other" if different else "comparable: all that matters is equal"
+    )

@@ -1,0 +1,192 @@
+"""The numbers of a set of images against a reference, from the features of both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskgit.common import UserError
+from maskgit.evaluation import metrics
+from maskgit.evaluation.extractors import Extractor, Features, cached_features
+from maskgit.evaluation.protocol import KID_SIZE, SPLITS, choose, title
+from maskgit.evaluation.sets import PixelSet, StatisticsFile
+from maskgit.evaluation.statistics import frechet, frechet_infinity
+
+QUANTILES = (5, 25, 50, 75, 95)  # per cent, of the distances to the nearest image
+Value = dict[str, Any]  # `value`, where there is one `deviation` and `over` what, and details
+
+
+@dataclass
+class Reference:
+    """What images are compared with: Gaussian statistics, and features where there are images."""
+
+    mean: Tensor  # (D,) float64
+    covariance: Tensor  # (D, D) float64
+    features: Tensor | None  # (M, D) float32
+
+
+class Scorer:
+    """Scores sets of images against one reference, whose features it computes once.
+
+    cache: the folder that keeps features, by the hash of what they were computed from.
+    """
+
+    def __init__(
+        self, extractor: Extractor, reference: PixelSet | StatisticsFile, cache: Path
+    ) -> None:
+        self.extractor, self.given, self.cache = extractor, reference, cache
+        self.images = reference.images if isinstance(reference, StatisticsFile) else reference
+        if isinstance(reference, StatisticsFile) and len(reference.mean) != extractor.dim:
+            raise UserError(
+                f"{reference.name} has statistics of {len(reference.mean)} features, and the "
+                f"extractor {extractor.name} makes {extractor.dim}: take the one it was made with"
+            )
+        self._reference: Reference | None = None
+
+    def choose(
+        self, asked: Sequence[str] | None, count: int, classes: Sequence[str]
+    ) -> tuple[list[str], dict[str, str]]:
+        """The metrics for `count` images of `classes`, and why others are left out."""
+        lacking = {}
+        if isinstance(self.given, StatisticsFile) and self.images is None:
+            for name in ("kid", "pr", "dc", "nearest"):
+                lacking[name] = "the reference has statistics alone, no images"
+        if not self.extractor.logit_dim:
+            lacking["is"] = lacking["accuracy"] = "the extractor has no classes"
+        elif list(self.extractor.classes) != list(classes):
+            lacking["accuracy"] = "the extractor's classes are others than the images'"
+        real = len(self.images) if self.images is not None else count
+        extractor = self.extractor
+        return choose(asked, count, real, extractor.dim, extractor.logit_dim, lacking)
+
+    def reference(self) -> Reference:
+        """The reference's statistics and features. A statistics file's own statistics come first:
+        its images, where it has any, are a part of what they were computed from."""
+        if self._reference is None:
+            found = self.features(self.images) if self.images is not None else None
+            own = self.given if isinstance(self.given, StatisticsFile) else None
+            gaussian: Any = own or (found and found.gaussian)
+            features = found.features if found else None
+            self._reference = Reference(gaussian.mean, gaussian.covariance, features)
+        return self._reference
+
+    def features(self, images: PixelSet) -> Features:
+        return cached_features(self.extractor, images, self.cache)
+
+    def describe(self) -> dict[str, Any]:
+        """Extractor and reference, as they stand in metrics.json."""
+        given, images = self.given, self.images
+        none = {"count": None, "size": None}
+        reference = describe_set(images) if images is not None else none
+        if isinstance(given, StatisticsFile):
+            kind = "statistics" if images is None else "adm"
+            reference |= {"name": given.name, "hash": given.hash, "kind": kind}
+        return {"reference": reference, "extractor": describe_extractor(self.extractor)}
+
+
+def describe_set(images: PixelSet) -> dict[str, Any]:
+    """What of a set of images bears on comparability."""
+    return {
+        "name": images.name,
+        "kind": images.kind,
+        "hash": images.hash,
+        "count": len(images),
+        "size": list(images.size),
+        "resized": images.resized,
+        "jpeg": images.jpeg,
+    }
+
+
+def describe_extractor(extractor: Extractor) -> dict[str, Any]:
+    return {"name": extractor.name, "sha256": extractor.sha256, "tf32": extractor.tf32}
+
+
+def score(
+    names: Sequence[str],
+    fake: Features,
+    real: Reference,
+    labels: Sequence[int | None],
+    extractor: str,
+    seed: int = 0,
+) -> dict[str, Value]:
+    """The metrics `names` of `protocol.METRICS`, by the names that they deserve.
+
+    labels: the class of each image, for the accuracy of the classifier. seed: of the subsets and
+    splits that some metrics draw.
+    """
+    values: dict[str, Value] = {}
+    for name in names:
+        for part, value in _compute(name, fake, real, labels, seed).items():
+            values[title(part, extractor, fake.count)] = value
+    return values
+
+
+def _compute(
+    name: str, fake: Features, real: Reference, labels: Sequence[int | None], seed: int
+) -> dict[str, Value]:
+    if name == "fid":
+        gaussian = fake.gaussian
+        value = frechet(gaussian.mean, gaussian.covariance, real.mean, real.covariance)
+        return {name: {"value": value}}
+    if name == "fid-infinity":
+        value, points = frechet_infinity(fake.features, (real.mean, real.covariance), seed=seed)
+        return {name: {"value": value, "fit": points}}
+    if name == "accuracy":
+        share = metrics.accuracy(_there(fake.logits), torch.tensor(labels))
+        return {name: {"value": share}}
+    if name == "is":
+        order = np.random.RandomState(seed).permutation(fake.count)
+        mean, deviation = metrics.inception_score(_there(fake.logits), SPLITS, torch.tensor(order))
+        return {name: {"value": mean, "deviation": deviation, "over": f"{SPLITS} splits"}}
+    features = _there(real.features)
+    if name == "kid":
+        mean, deviation = metrics.kid(fake.features, features, size=KID_SIZE, seed=seed)
+        over = f"100 subsets of {KID_SIZE:,}"
+        return {name: {"value": mean, "deviation": deviation, "over": over}}
+    if name == "pr":
+        pair = metrics.precision_recall(features, fake.features)
+        return {part: {"value": v} for part, v in zip(("precision", "recall"), pair, strict=True)}
+    if name == "dc":
+        pair = metrics.density_coverage(features, fake.features)
+        return {part: {"value": v} for part, v in zip(("density", "coverage"), pair, strict=True)}
+    distances, _ = metrics.nearest(fake.features, features)
+    quantiles = np.percentile(distances.numpy(), QUANTILES).tolist()
+    spread = {f"{q} %": value for q, value in zip(QUANTILES, quantiles, strict=True)}
+    return {"nearest distance": {"value": spread["50 %"], "quantiles": spread}}
+
+
+def _there(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None  # `protocol.choose` leaves out what lacks it
+    return tensor
+
+
+def score_sets(
+    scorer: Scorer,
+    names: Sequence[str],
+    sets: Sequence[PixelSet],
+    labels: Sequence[int | None],
+) -> dict[str, Any]:
+    """The metrics `names` over one or several sets of equal make, and what the sets are."""
+    real, extractor = scorer.reference(), scorer.extractor.name
+    runs = [score(names, scorer.features(some), real, labels, extractor) for some in sets]
+    return {"metrics": over_runs(runs), "images": {**describe_set(sets[0]), "runs": len(sets)}}
+
+
+def over_runs(runs: Sequence[dict[str, Value]]) -> dict[str, Value]:
+    """The mean of several runs, and their deviation (not the least of them)."""
+    if len(runs) == 1:
+        return runs[0]
+    combined = {}
+    for name in runs[0]:
+        values = [run[name]["value"] for run in runs]
+        combined[name] = {
+            "value": float(np.mean(values)),
+            "deviation": float(np.std(values, ddof=1)),
+            "over": f"{len(runs)} runs",
+            "runs": values,
+        }
+    return combined

@@ -1,0 +1,58 @@
+"""Pictures of an evaluation: its images, and each beside the nearest of the reference."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from maskgit.evaluation.metrics import nearest
+from maskgit.evaluation.score import Scorer
+from maskgit.evaluation.sets import PixelSet
+from maskgit.sheet import save_all, sheet
+
+SHOWN = 64
+
+
+def save(out: Path, images: PixelSet, scorer: Scorer) -> None:
+    """Write grid.png, and nearest.png where the reference has images."""
+    first = pictures(images, list(range(min(SHOWN, len(images)))))
+    files: dict[Path, Image.Image | bytes] = {out / "grid.png": sheet([("", first)])}
+    if scorer.images is not None:
+        files[out / "nearest.png"] = nearest_sheet(first, images, scorer)
+    save_all(files)
+
+
+def nearest_sheet(first: list[Image.Image], images: PixelSet, scorer: Scorer) -> Image.Image:
+    """The first images, nearest to the reference first, each above what it is nearest to."""
+    real = scorer.reference().features
+    assert real is not None and scorer.images is not None
+    distances, indices = nearest(scorer.features(images).features[: len(first)], real)
+    order = distances.argsort().tolist()
+    found = indices.tolist()
+    neighbours = dict(zip(found, pictures(scorer.images, found), strict=True))
+    groups = [(f"{distances[i]:.3g}", [first[i], neighbours[found[i]]]) for i in order]
+    return sheet(groups, "images and the nearest of the reference, with their distance")
+
+
+def reconstruction_sheet(worst: Sequence[tuple[float, Tensor, Tensor]]) -> Image.Image:
+    """Originals beside their reconstructions, as given: (PSNR, original, reconstruction)."""
+    groups = [(f"{db:.1f} dB", [to_picture(a), to_picture(b)]) for db, a, b in worst]
+    return sheet(groups, "originals and reconstructions, the worst first")
+
+
+def pictures(images: PixelSet, indices: list[int]) -> list[Image.Image]:
+    """The images of these numbers, in this order; reads the set up to the last of them."""
+    wanted, found, start = set(indices), {}, 0
+    for batch in images.batches(64):
+        for i in wanted.intersection(range(start, start + len(batch))):
+            found[i] = to_picture(batch[i - start])
+        start += len(batch)
+        if start > max(wanted):
+            break
+    return [found[i] for i in indices]
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """uint8 (3, H, W) as a picture."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())

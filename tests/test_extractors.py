@@ -1,0 +1,338 @@
+"""Features of images: equal to torch-fidelity's, never stale, never of a stand-in."""
+
+import hashlib
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from pictures import encoded, make_folder, picture
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
+
+from maskgit.common import UserError
+from maskgit.evaluation.classifier import Classifier, ClassifierConfig
+from maskgit.evaluation.extractors import cached_features, extract, open_extractor
+from maskgit.evaluation.inception import WEIGHTS, find_inception
+from maskgit.evaluation.sets import open_set
+from maskgit.evaluation.statistics import frechet
+
+REAL = os.environ.get("MASKGIT_INCEPTION", "")
+
+
+class Tiny(torch_fidelity.FeatureExtractorBase):
+    """A seeded network of one convolution: 8 features and 5 logits."""
+
+    def __init__(self, name, features_list, **options):
+        super().__init__(name, features_list)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.convolution = torch.nn.Conv2d(3, 8, 5, stride=3)
+            self.head = torch.nn.Linear(8, 5)
+
+    def forward(self, images):
+        pooled = self.convolution(images.float() / 255).relu().mean((2, 3))
+        found = {"pool": pooled, "logits": self.head(pooled)}
+        return tuple(found[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list():
+        return "pool", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "logits" if metric == "isc" else "pool"
+
+    @staticmethod
+    def can_be_compiled():
+        return False
+
+
+class Unclassed(Tiny):
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "pool"
+
+
+class Infinite(Unclassed):
+    def forward(self, images):
+        (features,) = super().forward(images)
+        return (features / (images.amax((1, 2, 3)) > 100)[:, None],)
+
+
+for kind in (Tiny, Unclassed, Infinite):
+    torch_fidelity.register_feature_extractor(f"maskgit-{kind.__name__.lower()}", kind)
+
+
+class Pictures(Dataset):
+    """A set as torch-fidelity takes it."""
+
+    def __init__(self, images):
+        self.images = torch.cat(list(images.batches(64)))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+
+@pytest.fixture
+def images(tmp_path):
+    return open_set(str(make_folder(tmp_path / "set", ["cat", "dog"], 5)))
+
+
+@pytest.fixture
+def tiny():
+    return open_extractor("maskgit-tiny", "cpu")
+
+
+def reference(fe, images):
+    return get_featuresdict_from_dataset(Pictures(images), fe, 4, False, True, False)
+
+
+def one_line(error, *parts):
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(str(part) in message for part in parts), message
+
+
+def test_features_are_those_of_torch_fidelity(images, tiny):
+    fe = create_feature_extractor("maskgit-tiny", ["pool", "logits"], cuda=False, verbose=False)
+    expected = reference(fe, images)
+    found = extract(tiny, images, batch_size=4)
+    assert torch.equal(found.features, expected["pool"])
+    assert torch.equal(found.logits, expected["logits"])
+    assert found.features.dtype == found.logits.dtype == torch.float32
+    assert (tiny.dim, tiny.logit_dim, found.count) == (8, 5, 10)
+
+
+def test_statistics_are_those_of_the_features_in_float64(images, tiny):
+    for batch_size in (3, 64):
+        found = extract(tiny, images, batch_size)
+        features = found.features.double().numpy()
+        mean, covariance = found.gaussian.mean, found.gaussian.covariance
+        assert mean.dtype == covariance.dtype == torch.float64
+        np.testing.assert_allclose(mean, features.mean(0), rtol=1e-9)
+        np.testing.assert_allclose(covariance, np.cov(features, rowvar=False), rtol=1e-9)
+
+
+def test_what_is_not_kept_takes_no_memory(images, tiny):
+    kept, lean = extract(tiny, images, 4), extract(tiny, images, 4, keep=False)
+    assert (lean.features.shape, lean.logits.shape, lean.count) == ((0, 8), (0, 5), 10)
+    assert torch.equal(kept.gaussian.covariance, lean.gaussian.covariance)
+
+
+def test_an_extractor_without_classes(images):
+    extractor = open_extractor("maskgit-unclassed", "cpu")
+    assert (extractor.logit_dim, extract(extractor, images).logits) == (None, None)
+
+
+def test_features_that_are_not_finite(tmp_path):
+    images = np.full((6, 32, 32, 3), 200, np.uint8)
+    images[4] = 50
+    np.savez(tmp_path / "set.npz", images)
+    with pytest.raises(UserError) as error:
+        extract(open_extractor("maskgit-infinite", "cpu"), open_set(str(tmp_path / "set.npz")), 2)
+    one_line(error, "images 4 to 5", "set.npz", "not finite")
+
+
+def test_precision_is_as_before():
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before, seen = (conv.fp32_precision, matmul.fp32_precision), []
+    for tf32 in (False, True):
+        extractor = open_extractor("maskgit-tiny", "cpu", tf32=tf32)
+        network = extractor._network
+        extractor._network = lambda x, f=network: (seen.append(conv.fp32_precision), f(x))[1]
+        extractor(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+        assert (conv.fp32_precision, matmul.fp32_precision) == before
+    assert seen == ["ieee", "tf32"]
+
+
+@pytest.mark.parametrize("name", ["incepton", "vgg16", "clip-vit-b-32", "inception-v3-compat"])
+def test_other_names_are_none(name):
+    with pytest.raises(UserError) as error:
+        open_extractor(name, "cpu")
+    one_line(error, name, "unknown extractor")
+
+
+# The cache
+
+
+def test_the_cache_is_keyed_by_content(tmp_path, images, tiny):
+    cache = tmp_path / "cache"
+    first = cached_features(tiny, images, cache)
+    (file,) = cache.iterdir()
+    written = file.stat().st_mtime_ns
+    again = cached_features(tiny, open_set(images.name), cache)
+    assert torch.equal(again.features, first.features)
+    assert torch.equal(again.logits, first.logits)
+    assert torch.equal(again.gaussian.mean, first.gaussian.mean)
+    assert torch.equal(again.gaussian.covariance, first.gaussian.covariance)
+    assert (again.count, file.stat().st_mtime_ns) == (10, written)
+
+
+def test_data_that_changed_under_its_name_are_no_hit(tmp_path, images, tiny):
+    cache = tmp_path / "cache"
+    first = cached_features(tiny, images, cache)
+    (tmp_path / "set" / "cat" / "002.png").write_bytes(encoded(picture(99)))
+    changed = open_set(images.name)
+    found = cached_features(tiny, changed, cache)
+    assert torch.equal(found.features, extract(tiny, changed).features)
+    assert not torch.equal(found.features, first.features)
+    smaller = open_set(images.name, (10, 10))
+    assert torch.equal(
+        cached_features(tiny, smaller, cache).features, extract(tiny, smaller).features
+    )
+    other = open_extractor("maskgit-unclassed", "cpu")
+    assert cached_features(other, changed, cache).logits is None
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_a_damaged_file_is_computed_anew(tmp_path, images, tiny, caplog):
+    first = cached_features(tiny, images, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    content = file.read_bytes()
+    for damaged in (b"", content[:-40], content[:-1] + bytes([content[-1] ^ 1])):
+        file.write_bytes(damaged)
+        caplog.clear()
+        found = cached_features(tiny, images, tmp_path / "cache")
+        assert torch.equal(found.features, first.features)
+        assert "damaged" in caplog.text
+        assert torch.equal(load_file(file)["features"], first.features)
+
+
+def test_the_default_folder_and_one_that_cannot_be_written(
+    tmp_path, images, tiny, caplog, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    first = cached_features(tiny, images)
+    assert len(list((tmp_path / "home" / "maskgit" / "features").iterdir())) == 1
+    (tmp_path / "file").write_text("no folder")
+    found = cached_features(tiny, images, tmp_path / "file" / "cache")
+    assert torch.equal(found.features, first.features)
+    assert "nothing is kept" in caplog.text
+
+
+# Inception
+
+
+def test_missing_weights_are_named_at_once(tmp_path, monkeypatch):
+    monkeypatch.delenv("MASKGIT_INCEPTION", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub" / "checkpoints" / WEIGHTS
+    with pytest.raises(UserError) as error:
+        open_extractor("inception", "cpu")
+    one_line(error, place, "6726825d", "96 MB", "--extractor-weights", "--extractor emoji")
+
+
+def test_where_weights_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("MASKGIT_INCEPTION", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    usual = tmp_path / "hub" / "checkpoints" / WEIGHTS
+    usual.parent.mkdir(parents=True)
+    named, given = tmp_path / "named.pth", tmp_path / "given.pth"
+    for file in (usual, named, given):
+        file.touch()
+    assert find_inception() == usual
+    monkeypatch.setenv("MASKGIT_INCEPTION", str(named))
+    assert find_inception() == named
+    assert find_inception(given) == given
+    for file in (given, named):  # what is named and missing is not replaced by another
+        file.unlink()
+    with pytest.raises(UserError, match=r"given\.pth"):
+        find_inception(given)
+    with pytest.raises(UserError, match=r"named\.pth"):
+        find_inception()
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+def test_weights_that_are_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "weights.pth"
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "foreign.pth")
+    torch.save({"x": Trap()}, tmp_path / "trap.pth")
+    foreign, trap = (tmp_path / "foreign.pth").read_bytes(), (tmp_path / "trap.pth").read_bytes()
+    for content in (b"", b"text", foreign, foreign[:-99], trap, pickle.dumps(Trap())):
+        file.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            open_extractor("inception", "cpu", file)
+        one_line(error, file, WEIGHTS, "fetch it again")
+    assert not (tmp_path / "sprung").exists()
+
+
+class Unloaded(FeatureExtractorInceptionV3):
+    """Random weights, for tests alone."""
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_inception_is_that_of_torch_fidelity(tmp_path, images):
+    file = tmp_path / "random.pth"
+    torch.save({}, file)
+    layers = ["2048", "logits_unbiased"]
+    network = Unloaded("random", layers, feature_extractor_weights_path=file)
+    torch.save(network.state_dict(), file)
+    extractor = open_extractor("inception", "cpu", file)
+    assert (extractor.dim, extractor.logit_dim, extractor.size) == (2048, 1008, 299)
+    assert extractor.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    fe = create_feature_extractor(
+        "inception-v3-compat", layers, False, feature_extractor_weights_path=file, verbose=False
+    )
+    batch = next(images.batches(2))
+    with torch.no_grad():
+        expected = fe(batch)
+    for found, one in zip(extractor(batch), expected, strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not REAL, reason="MASKGIT_INCEPTION names no file of Inception weights")
+def test_the_real_inception_scores_as_torch_fidelity_does(images):
+    extractor = open_extractor("inception", "cpu")
+    held = open_set("emoji:heldout")
+    found, other = extract(extractor, images), extract(extractor, held)
+    expected = torch_fidelity.calculate_metrics(
+        input1=Pictures(images),
+        input2=Pictures(held),
+        fid=True,
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+        feature_extractor_weights_path=REAL,
+    )["frechet_inception_distance"]
+    a, b = found.gaussian, other.gaussian
+    assert frechet(a.mean, a.covariance, b.mean, b.covariance) == pytest.approx(expected, rel=1e-4)
+
+
+# The bundled classifier's kind
+
+
+def test_emoji_gives_features_and_logits_of_one_pass(tmp_path):
+    torch.manual_seed(0)
+    classifier = Classifier(ClassifierConfig(num_classes=3, size=32, widths=[8, 16])).eval()
+    classifier.save_pretrained(tmp_path / "export" / "classifier", half=True)
+    (tmp_path / "export" / "labels.json").write_text('["a", "b", "c"]')
+    extractor = open_extractor("emoji", "cpu", tmp_path / "export")
+    own = Classifier.from_pretrained(tmp_path / "export" / "classifier")
+    batch = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
+    features, logits = extractor(batch)
+    with torch.no_grad():
+        torch.testing.assert_close(features, own.features(batch / 255))
+        torch.testing.assert_close(logits, own(batch / 255))
+    assert (extractor.name, extractor.dim, extractor.logit_dim) == ("emoji", 16, 3)
+    assert (extractor.size, extractor.classes) == (32, ["a", "b", "c"])
+    weights = tmp_path / "export" / "classifier" / "model.safetensors"
+    assert extractor.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    with pytest.raises(UserError) as error:
+        open_extractor("emoji", "cpu", tmp_path / "nowhere")
+    one_line(error, tmp_path / "nowhere", "--extractor-weights")
