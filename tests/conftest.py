@@ -36,6 +36,12 @@ def pictures(count):
         return [(member.name, shard.extractfile(member).read()) for member in members]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory):
+    """Features of earlier runs, and the home of whoever runs the tests, play no part."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def maskgit(tmp_path):
     """`maskgit(*arguments)` runs the command of this checkout in `tmp_path`."""

@@ -1,6 +1,7 @@
 """`maskgit evaluate`: what it writes, what it calls its numbers, and what it refuses."""
 
 import csv
+import io
 import json
 
 import numpy as np
@@ -9,6 +10,9 @@ from conftest import pictures
 from PIL import Image
 
 from maskgit.commands.main import main
+from maskgit.evaluation.extractors import open_extractor
+from maskgit.evaluation.score import Scorer
+from maskgit.evaluation.sets import open_set
 
 EMOJI = ["--extractor", "emoji"]
 HELDOUT = "--reference emoji:heldout"
@@ -105,6 +109,14 @@ def test_a_generator_with_runs(said, tmp_path):
     assert samples.shape == (140, 64, 64, 3) and samples.dtype == np.uint8
     first = np.asarray(Image.open(tmp_path / "out" / "images" / "run-0" / "000000.png"))
     assert np.array_equal(samples[0], first)
+    names = tmp_path / "labels.txt"
+    names.write_text("heart\n" * 140)
+    labelled = [*f"{HELDOUT} --num 140 --steps 1 --out named --labels labels.txt".split(), *EMOJI]
+    assert said("generator", *labelled)[0] == 0
+    assert set(result(tmp_path / "named")["class_counts"].values()) == {140}
+    names.write_text("cat-face\n" + "heart\n" * 139)
+    status, text = said("generator", *labelled)
+    assert status == 2 and "first labels" in text
     status, text = said("generator", *options, *EMOJI, "--seed", "7")
     assert status == 2 and "seed: 0, now 7" in text
     broken = tmp_path / "out" / "images" / "run-1" / "000139.png"
@@ -137,8 +149,51 @@ def test_a_sweep_goes_on_where_it_stood(said, tmp_path):
     after = (folder / "sweep.csv").read_text().splitlines()
     assert before[:-1] == after[:-1]
     assert before[-1].rsplit(",", 1)[0] == after[-1].rsplit(",", 1)[0]  # but for its rate
+    status, text = said(*arguments, "--metrics", "fid")
+    assert status == 2 and "--out ANOTHER" in text  # its cells would lack a metric
     changed = [f for f, time in kept.items() if f.stat().st_mtime_ns != time]
     assert [file.stem for file in changed] == ["steps-2_linear_guidance-0"]
+
+
+def test_accuracy_needs_classes_that_both_sides_know(tmp_path):
+    emoji = open_extractor("emoji", "cpu")
+    blind = open_extractor("emoji", "cpu")
+    blind.classes = []  # as the Inception network's, whose classes have no names here
+    heldout = open_set("emoji:heldout")
+    for extractor, classifier, classes, able in (
+        (emoji, None, emoji.classes, True),
+        (emoji, None, [], False),
+        (blind, None, [], False),
+        (blind, None, emoji.classes, False),
+        (blind, emoji, emoji.classes, True),
+    ):
+        scorer = Scorer(extractor, heldout, tmp_path, classifier)
+        names, left = scorer.choose(None, 500, classes)
+        assert ("accuracy" in names) == able == ("accuracy" not in left)
+
+
+def test_the_evaluators_file_gives_statistics_of_all_and_images_of_some(said, tmp_path):
+    images = np.stack(
+        [np.asarray(Image.open(io.BytesIO(c)).convert("RGB")) for _, c in pictures(120)]
+    )
+    with np.load(save_statistics_of(said, tmp_path)) as found:
+        np.savez(tmp_path / "adm.npz", arr_0=images, **found)
+    status, text = said("images", "emoji:heldout", "--reference", "adm.npz", *EMOJI, "--out", "adm")
+    assert status == 0, text
+    adm, whole = (result(tmp_path / name) for name in ("adm", "emoji"))
+    assert adm["reference"]["kind"] == "adm" and adm["reference"]["count"] == 120
+    assert adm["metrics"]["FD-emoji"]["value"] == pytest.approx(
+        whole["metrics"]["FD-emoji"]["value"]
+    )
+    assert adm["metrics"]["recall-emoji"] != whole["metrics"]["recall-emoji"]
+
+
+def save_statistics_of(said, tmp_path):
+    """The statistics of the training drawings, made as a by-product of scoring them; and the
+    held-out ones scored against the drawings themselves, in the folder `emoji`."""
+    assert said("images", "emoji:heldout", "--reference", "emoji", *EMOJI, "--out", "emoji")[0] == 0
+    assert said("images", "emoji", "--reference", "emoji", *EMOJI, "--out", "training")[0] == 0
+    return tmp_path / "training" / "statistics.npz"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +213,8 @@ def test_a_sweep_goes_on_where_it_stood(said, tmp_path):
         ("sweep --reference emoji --extractor emoji --steps 0", "at least 1"),
         ("sweep --reference emoji --extractor emoji --schedule cosin", "did you mean 'cosine'"),
         ("tokenizer --vqgan emoji --data emoji --extractor emoji --size 60", "give --size"),
+        ("images emoji --reference emoji --extractor emoji --size -5", "at least 16"),
+        ("generator --reference emoji --extractor emoji --seed -1", "at least 0"),
         ("compare nothing", "nothing is missing"),
         ("imagse", "did you mean 'images'"),
         ("", "which command?"),

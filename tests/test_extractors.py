@@ -18,6 +18,7 @@ from maskgit.common import UserError
 from maskgit.evaluation.classifier import Classifier, ClassifierConfig
 from maskgit.evaluation.extractors import cached_features, extract, open_extractor
 from maskgit.evaluation.inception import WEIGHTS, find_inception
+from maskgit.evaluation.metrics import inception_score, kid, precision_recall
 from maskgit.evaluation.sets import open_set
 from maskgit.evaluation.statistics import frechet
 
@@ -295,6 +296,40 @@ def test_inception_is_that_of_torch_fidelity(tmp_path, images):
         torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-6)
 
 
+def test_scores_are_those_of_torch_fidelity_from_pictures_to_numbers(tiny):
+    fake, real = open_set("emoji:heldout"), open_set("emoji")
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Pictures(fake),
+        input2=Pictures(real),
+        feature_extractor="maskgit-tiny",
+        fid=True,
+        isc=True,
+        kid=True,
+        prc=True,
+        kid_subsets=5,
+        kid_subset_size=100,
+        rng_seed=7,
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    a, b = extract(tiny, fake), extract(tiny, real)
+    x, y = a.gaussian, b.gaussian
+    distance = frechet(x.mean, x.covariance, y.mean, y.covariance)
+    assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    precision, recall = precision_recall(b.features, a.features)
+    assert precision == pytest.approx(theirs["precision"], rel=1e-4)
+    assert recall == pytest.approx(theirs["recall"], rel=1e-4)
+    order = torch.from_numpy(np.random.RandomState(7).permutation(len(fake)))
+    score = inception_score(a.logits, order=order)
+    assert score[0] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    distance = kid(a.features, b.features, 5, 100, 7)[0]
+    # its own float32 kernel rounds the third power of features as large as these
+    scale = (a.features.double().square().sum(1).mean().item() / 8 + 1) ** 3
+    assert distance == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-7 * scale)
+
+
 @pytest.mark.skipif(not REAL, reason="MASKGIT_INCEPTION names no file of Inception weights")
 def test_the_real_inception_scores_as_torch_fidelity_does(images):
     extractor = open_extractor("inception", "cpu")
@@ -317,22 +352,22 @@ def test_the_real_inception_scores_as_torch_fidelity_does(images):
 # The bundled classifier's kind
 
 
-def test_emoji_gives_features_and_logits_of_one_pass(tmp_path):
+def test_a_classifier_of_ones_own_gives_features_and_logits_of_one_pass(tmp_path):
     torch.manual_seed(0)
     classifier = Classifier(ClassifierConfig(num_classes=3, size=32, widths=[8, 16])).eval()
     classifier.save_pretrained(tmp_path / "export" / "classifier", half=True)
     (tmp_path / "export" / "labels.json").write_text('["a", "b", "c"]')
-    extractor = open_extractor("emoji", "cpu", tmp_path / "export")
+    extractor = open_extractor(str(tmp_path / "export"), "cpu")
     own = Classifier.from_pretrained(tmp_path / "export" / "classifier")
     batch = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
     features, logits = extractor(batch)
     with torch.no_grad():
         torch.testing.assert_close(features, own.features(batch / 255))
         torch.testing.assert_close(logits, own(batch / 255))
-    assert (extractor.name, extractor.dim, extractor.logit_dim) == ("emoji", 16, 3)
+    assert (extractor.name, extractor.dim, extractor.logit_dim) == ("classifier", 16, 3)
     assert (extractor.size, extractor.classes) == (32, ["a", "b", "c"])
     weights = tmp_path / "export" / "classifier" / "model.safetensors"
     assert extractor.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
     with pytest.raises(UserError) as error:
-        open_extractor("emoji", "cpu", tmp_path / "nowhere")
-    one_line(error, tmp_path / "nowhere", "--extractor-weights")
+        open_extractor("nowhere", "cpu")
+    one_line(error, "unknown extractor 'nowhere'", "emoji")

@@ -9,12 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, pictures
 from PIL import Image
 
 from maskgit import MaskGIT, MaskGITConfig, Pipeline
 from maskgit.common import UserError
 from maskgit.evaluation import generate
+from maskgit.evaluation.sets import open_pixels
 from vqgan import VQGAN, VQGANConfig
 from vqgan.quantizer import QuantizerConfig
 
@@ -78,6 +79,8 @@ def test_policies_of_labels(tmp_path):
     file = tmp_path / "labels.txt"
     file.write_text("c\n0\n")
     assert generate.choose_labels(str(file), 2, names, [], 0) == [2, 0]
+    with pytest.raises(UserError, match="this model has no classes"):
+        generate.choose_labels(str(file), 2, [], [], 0)
     for policy, why in (
         (str(file), "2 lines for 3 images"),
         ("reference", "no labels of 3 classes"),
@@ -85,6 +88,17 @@ def test_policies_of_labels(tmp_path):
     ):
         with pytest.raises(UserError, match=why):
             generate.choose_labels(policy, 3, names, [], 0)
+
+
+def test_labels_of_a_reference_are_taken_by_name(tmp_path):
+    for i, (_, content) in enumerate(pictures(5)):
+        file = tmp_path / "set" / ("c" if i < 4 else "b") / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    images = open_pixels(str(tmp_path / "set"))
+    assert generate.reference_labels(images, ["a", "b", "c"]) == [1, 2, 2, 2, 2]
+    with pytest.raises(UserError, match="the model has no class 'b'"):
+        generate.reference_labels(images, ["a", "c"])
 
 
 def test_another_plan_in_the_same_folder_is_refused(tmp_path):
@@ -96,9 +110,9 @@ def test_another_plan_in_the_same_folder_is_refused(tmp_path):
 
 
 def test_a_disk_too_small_is_told_beforehand(tmp_path):
-    assert generate.check_disk(tmp_path / "out", 100, (10, 10)) == pytest.approx(0.03)
-    with pytest.raises(UserError, match="the disk has less"):
-        generate.check_disk(tmp_path / "out", 10**12, (256, 256))
+    generate.check_disk(tmp_path / "out", 30_000)
+    with pytest.raises(UserError, match="may need 1,000,000,000,000 MB, and the disk has less"):
+        generate.check_disk(tmp_path / "out", 10**18)
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def test_no_matrix_over_all_pairs_is_held(monkeypatch):
         return original(x, y)
 
     monkeypatch.setattr(metrics, "_squared", watched)
-    real, fake = draw(5000, 4), draw(4500, 4, seed=1)
+    real, fake = draw(2100, 4), draw(2300, 4, seed=1)
     metrics.precision_recall(real, fake)
     metrics.density_coverage(real, fake)
     assert largest == metrics.BLOCK**2  # 32 MiB in float64, whatever the number of images
@@ -128,3 +128,13 @@ def test_no_matrix_over_all_pairs_is_held(monkeypatch):
 def test_accuracy():
     logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, 4.0]])
     assert metrics.accuracy(logits, torch.tensor([1, 0, 0, 0])) == 0.75
+
+
+def test_too_few_images_are_refused_and_not_scored_as_perfect():
+    for few, of, why in (
+        (metrics.precision_recall, (draw(3), draw(50)), "3-th neighbour needs 4 images"),
+        (metrics.density_coverage, (draw(5), draw(50)), "5-th neighbour needs 6 images"),
+        (metrics.inception_score, (draw(9),), "10 splits need as many images, not 9"),
+    ):
+        with pytest.raises(UserError, match=why):
+            few(*of)

@@ -100,3 +100,5 @@ def test_extrapolation_takes_the_bias_of_few_images_away():
     slope, intercept = np.polyfit([1 / n for n, _ in points], [d for _, d in points], 1)
     assert slope > 0 and value == pytest.approx(intercept)
     assert frechet_infinity(x, reference) == (value, points)
+    with pytest.raises(UserError, match="needs over 17 images: 17"):
+        frechet_infinity(x[:17], reference)

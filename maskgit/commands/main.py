@@ -110,7 +110,7 @@ def dispatch(
         print(f"maskgit {maskgit.__version__}")
         return 0
     what = "option" if name.startswith("-") else "command"
-    raise UserError(f"unknown {what} {name!r}: {nearest(name, (*commands, '--help', '--version'))}")
+    raise UserError(f"unknown {what} {name!r}: {nearest(name, (*commands, '--help'))}")
 
 
 def overview(prog: str, package: str, commands: Sequence[str]) -> str:

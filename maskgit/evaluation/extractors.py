@@ -74,9 +74,10 @@ def _precision(name: str) -> Iterator[None]:
 def open_extractor(
     name: str, device: str | torch.device, weights: FilePath | None = None, tf32: bool = False
 ) -> Extractor:
-    """The extractor "inception" or "emoji", or one that was registered in torch-fidelity.
+    """The extractor "inception" or "emoji", a folder with a classifier of one's own (then called
+    "classifier"), or one that was registered in torch-fidelity.
 
-    weights: the file or folder of its weights, where they are not in their usual place. Nothing is
+    weights: the file of the Inception weights, where they are not in their usual place. Nothing is
     downloaded and nothing stands in for another: raises UserError when the weights are missing.
     """
     device = pick_device(device)
@@ -84,7 +85,9 @@ def open_extractor(
         fe, sha256 = open_inception(weights)
         return wrap_torch_fidelity(fe.to(device), name, sha256, device, tf32)
     if name == "emoji":
-        return _open_emoji(device, weights, tf32)
+        return _open_classifier(name, ASSETS / "emoji", device, tf32)
+    if Path(name).expanduser().is_dir():
+        return _open_classifier("classifier", Path(name).expanduser(), device, tf32)
     own = {  # without those that torch-fidelity brings, and downloads the weights of
         key: cls
         for key, cls in FEATURE_EXTRACTORS_REGISTRY.items()
@@ -126,11 +129,9 @@ def _state_hash(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _open_emoji(device: torch.device, weights: FilePath | None, tf32: bool) -> Extractor:
-    folder = Path(weights or ASSETS / "emoji").expanduser()
-    folder = folder / "classifier" if (folder / "classifier").is_dir() else folder
-    if not folder.is_dir():
-        raise UserError(f"no classifier at {folder}: give --extractor-weights a folder that has it")
+def _open_classifier(name: str, folder: Path, device: torch.device, tf32: bool) -> Extractor:
+    """`folder` is a run's export: `classifier/`, and the names of its classes beside it."""
+    folder = folder / "classifier"
     classifier = Classifier.from_pretrained(folder).to(device)
 
     def network(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +140,7 @@ def _open_emoji(device: torch.device, weights: FilePath | None, tf32: bool) -> E
 
     sha256 = file_hash(folder / "model.safetensors")
     classes = read_json(folder.parent / "labels.json")
-    return Extractor("emoji", sha256, network, device, classifier.config.size, classes, tf32)
+    return Extractor(name, sha256, network, device, classifier.config.size, classes, tf32)
 
 
 @dataclass
@@ -218,5 +219,12 @@ def cached_features(
 
 
 def _key(extractor: Extractor, images: PixelSet) -> str:
-    parts = extractor.name, extractor.sha256, extractor.tf32, images.hash, images.size
+    parts = (
+        extractor.name,
+        extractor.sha256,
+        extractor.size,
+        extractor.tf32,
+        images.hash,
+        images.size,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from maskgit.common import UserError
-from maskgit.common.folder import read_json, write_json
+from maskgit.common.folder import read_json, write_json, write_whole
 from maskgit.common.progress import meter
 from maskgit.engine.config import differences
 from maskgit.evaluation.protocol import apportion
+from maskgit.evaluation.sets import PixelSet
 from maskgit.pipeline import Pipeline
 from maskgit.request import label_ids
 from maskgit.sheet import to_pictures
@@ -35,6 +36,8 @@ def choose_labels(
     """
     classes = len(names)
     if not classes:
+        if policy not in ("balanced", "random"):
+            raise UserError(f"--labels {policy}: this model has no classes; leave it out")
         return [None] * count
     if policy == "balanced":
         return [i % classes for i in range(count)]
@@ -56,6 +59,17 @@ def choose_labels(
     return label_ids([line.strip() for line in lines], names)
 
 
+def reference_labels(images: PixelSet, names: Sequence[str]) -> list[int | None]:
+    """The labels of a reference as a model with classes `names` counts them: by name, where the
+    reference has any; an .npz file has numbers alone. UserError for a class that is not known."""
+    if images.kind == "npz":
+        return images.labels
+    if unknown := sorted(set(images.classes) - set(names)):
+        raise UserError(f"--labels reference: the model has no class {unknown[0]!r}")
+    number = [names.index(name) for name in images.classes]
+    return [None if label is None else number[label] for label in images.labels]
+
+
 def check_plan(folder: Path, plan: dict[str, Any]) -> None:
     """Write what the images of `folder` are drawn by; UserError if others were begun there."""
     file = folder / "plan.json"
@@ -71,13 +85,11 @@ def check_plan(folder: Path, plan: dict[str, Any]) -> None:
         )
 
 
-def check_disk(folder: Path, count: int, size: tuple[int, int]) -> float:
-    """The megabytes that `count` images may take; UserError where there is less."""
-    needed = count * size[0] * size[1] * 3  # PNG is at most about that
+def check_disk(folder: Path, needed: int) -> None:
+    """UserError where the disk has less than `needed` bytes left."""
     above = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
     if shutil.disk_usage(above).free < needed:
         raise UserError(f"{folder} may need {needed / 1e6:,.0f} MB, and the disk has less")
-    return needed / 1e6
 
 
 def draw(
@@ -106,6 +118,11 @@ def draw(
                 batch_size=batch_size,
                 **settings,
             )
+            if not images.isfinite().all():
+                raise UserError(
+                    f"of images {rows[0]} to {rows[-1]} some are not finite numbers: "
+                    "look at the model's weights, or try --dtype fp32"
+                )
             for i, picture in zip(rows, to_pictures(images), strict=True):
                 write_png(image_file(folder, i), picture)
             advance(len(rows))
@@ -120,9 +137,7 @@ def write_png(file: Path, picture: Any) -> None:
     """A PNG that is there whole or not at all."""
     content = io.BytesIO()
     picture.save(content, "PNG", compress_level=1)
-    partial = file.with_name(f".{file.name}")
-    partial.write_bytes(content.getvalue())
-    partial.replace(file)
+    write_whole(file, content.getvalue())
 
 
 def check_complete(folder: Path, count: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from maskgit.common import UserError
 
+KID_SUBSETS, KID_SIZE = 100, 1000
 BLOCK = 2048  # images of each set whose pairs are held at once
 
 
@@ -18,7 +19,10 @@ def inception_score(
     """Mean and deviation over splits of exp(E[KL(p(y|x) || p(y))]) (Salimans et al. 2016, 4).
 
     logits (N, K); order: a permutation of the N images, which the splits are then cut from.
+    Raises UserError for fewer images than splits.
     """
+    if len(logits) < splits:
+        raise UserError(f"{splits} splits need as many images, not {len(logits)}")
     if order is not None:
         logits = logits[order]
     log_p = logits.double().log_softmax(1)
@@ -36,7 +40,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def kid(
-    fake: Tensor, real: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0
+    fake: Tensor, real: Tensor, subsets: int = KID_SUBSETS, size: int = KID_SIZE, seed: int = 0
 ) -> tuple[float, float]:
     """Kernel distance (Binkowski et al. 2018): mean and deviation over random subsets.
 
@@ -105,7 +109,10 @@ def nearest(of: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def radii(features: Tensor, k: int) -> Tensor:
-    """(N,) distance of each of (N, D) features to its k-th nearest other one."""
+    """(N,) distance of each of (N, D) features to its k-th nearest other one. Raises UserError
+    where there are no k others: every reach would be infinite, and every score perfect."""
+    if len(features) <= k:
+        raise UserError(f"the {k}-th neighbour needs {k + 1} images or more, not {len(features)}")
     found = []
     for x, blocks in _blocks(features, features):
         best = torch.full((len(x), k + 1), torch.inf, dtype=torch.float64)  # itself among them

@@ -1,6 +1,7 @@
 """The processes that `accelerate launch` or `torchrun` started, if it was one of them."""
 
 import os
+from datetime import timedelta
 
 
 class Processes:
@@ -26,5 +27,6 @@ class Processes:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            dist.init_process_group("gloo")  # for barriers alone, so on GPUs too
+            # For barriers alone, so on GPUs too; a slow process may take its time.
+            dist.init_process_group("gloo", timeout=timedelta(days=30))
         dist.barrier()

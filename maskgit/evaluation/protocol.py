@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from maskgit.common import UserError, pick
+from maskgit.evaluation.metrics import KID_SIZE
 
 INCEPTION_SHA256 = "6726825d"  # first digits, of the port that torch-fidelity publishes
 SPLITS = 10  # of the Inception Score
-KID_SIZE = 1000
-NEIGHBOURS = 3  # precision and recall; density and coverage take the 5 of their paper
-POINTS = 100  # fewer are no manifold to look for neighbours in
+LEAST_NEIGHBOURHOOD = 100  # images; fewer are no manifold to look for neighbours in
 
 METRICS = {
     "fid": "Frechet distance to the reference",
@@ -40,8 +39,8 @@ def least_images(metric: str, dim: int, classes: int | None) -> int:
         "fid-infinity": 2 * (dim + 1),
         "is": SPLITS * (classes or 0),
         "kid": KID_SIZE,
-        "pr": POINTS,
-        "dc": POINTS,
+        "pr": LEAST_NEIGHBOURHOOD,
+        "dc": LEAST_NEIGHBOURHOOD,
     }.get(metric, 1)
 
 
@@ -52,17 +51,20 @@ def choose(
     dim: int,
     classes: int | None,
     lacking: dict[str, str],
+    statistics: bool = False,
 ) -> tuple[list[str], dict[str, str]]:
     """The metrics to compute, and why others are left out: name -> reason.
 
     fake, real: the images of each set. dim, classes: widths of the extractor's features and
-    logits. lacking: why a metric cannot be had for want of something else than images. Raises
+    logits. lacking: why a metric cannot be had for want of something else than images.
+    statistics: whether the reference's are given, whatever images it has beside them. Raises
     UserError for one that was asked for by name and cannot be had.
     """
     left = dict(lacking)
+    alone = {"is", "accuracy"} | ({"fid", "fid-infinity"} if statistics else set())
     for name in METRICS:
         needed = least_images(name, dim, classes)
-        few = fake if name in ("is", "accuracy") else min(fake, real)
+        few = fake if name in alone else min(fake, real)
         if name not in left and few < needed:
             left[name] = f"needs {needed:,} images, and there are {few:,}"
     for name in asked or ():
@@ -103,11 +105,13 @@ def judge(result: dict[str, Any]) -> tuple[str | None, list[str]]:
     if extractor["tf32"]:
         reasons.append("TF32")
     if result["command"] == "tokenizer":
+        if fake["resized"]:
+            reasons.append("crops and scales of its own, not the ADM evaluator's")
         return (None, reasons) if reasons else (f"rfid-50k@{fake['size'][0]}", [])
-    if real["kind"] != "adm":
-        reasons.append(f"reference {real['name']} is no ADM statistics file")
-    elif real["size"] != fake["size"]:
-        reasons.append("reference of another size")
+    if real["kind"] != "adm" or real["count"] != 10_000:
+        reasons.append(f"reference {real['name']} is not the ADM evaluator's")
+    if result["command"] == "images":
+        reasons.append("how the images became bytes is not known")
     for name, some in (("images", fake), ("reference", real)):
         if some.get("resized"):
             reasons.append(f"resized {name}")
@@ -118,6 +122,8 @@ def judge(result: dict[str, Any]) -> tuple[str | None, list[str]]:
         reasons.append("classes unknown")
     elif len(classes) != 1000:
         reasons.append(f"{len(classes)} classes")
+    elif result["labels"] not in ("balanced", "random"):
+        reasons.append(f"labels {result['labels']}")
     return (None, reasons) if reasons else (f"adm-50k@{fake['size'][0]}", [])
 
 
@@ -131,6 +137,7 @@ def verdict(result: dict[str, Any]) -> str:
 def apart(results: Sequence[dict[str, Any]]) -> list[str]:
     """What makes several results incomparable with each other, one line each."""
     looked_at = {
+        "command": ("command",),
         "extractor": ("extractor", "sha256"),
         "reference": ("reference", "hash"),
         "reference's size": ("reference", "size"),
@@ -139,6 +146,8 @@ def apart(results: Sequence[dict[str, Any]]) -> list[str]:
         "resized images": ("images", "resized"),
         "JPEG files": ("images", "jpeg"),
         "labels": ("labels",),
+        "images of each class": ("class_counts",),
+        "dtype": ("dtype",),
         "TF32": ("extractor", "tf32"),
     }
     lines = []
@@ -148,9 +157,9 @@ def apart(results: Sequence[dict[str, Any]]) -> list[str]:
             value: Any = result
             for key in path:
                 value = value.get(key) if isinstance(value, dict) else None
-            values.append(str(value)[:24])
+            values.append(str(value))
         if len(set(values)) > 1:
-            lines.append(f"{name}: {', '.join(values)}")
+            lines.append(f"{name}: {', '.join(value[:24] for value in values)}")
     return lines
 
 

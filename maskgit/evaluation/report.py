@@ -1,5 +1,6 @@
 """What an evaluation leaves behind: `metrics.json`, tables, and sheets to look at."""
 
+import io
 import platform
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskgit.common import UserError
-from maskgit.common.folder import FORMAT_VERSION, read_json, write_json
+from maskgit.common.folder import FORMAT_VERSION, read_json, write_json, write_whole
 from maskgit.evaluation.protocol import apart, judge, verdict
 
 PACKAGES = ("maskgit", "torch", "torchvision", "torch-fidelity", "numpy", "pillow")
@@ -22,7 +23,10 @@ def environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    return {"processor": processor(), "versions": versions}
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"processor": processor(), "gpu": gpu, "versions": versions}
 
 
 def processor() -> str:
@@ -48,16 +52,17 @@ def save_statistics(file: Path, gaussian: Any) -> None:
     """Mean and covariance as `mu` and `sigma`, the layout that pytorch-fid reads too."""
     import numpy as np
 
-    partial = file.with_name(f".{file.name}")  # numpy adds .npz to names without it
-    np.savez(partial, mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy())
-    partial.replace(file)
+    content = io.BytesIO()
+    np.savez(content, mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy())
+    write_whole(file, content.getvalue())
 
 
 def load(file: Path) -> dict[str, Any]:
     """A metrics.json; UserError if it is none."""
     file = file / "metrics.json" if file.is_dir() else file
     result = read_json(file)
-    if not isinstance(result, dict) or "metrics" not in result:
+    parts = {"metrics", "images", "reference", "extractor", "command"}
+    if not isinstance(result, dict) or not parts <= set(result):
         raise UserError(f"{file} is no metrics.json of `maskgit evaluate`")
     return result
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from maskgit.common import UserError
 from maskgit.evaluation import metrics
 from maskgit.evaluation.extractors import Extractor, Features, cached_features
-from maskgit.evaluation.protocol import KID_SIZE, SPLITS, choose, title
+from maskgit.evaluation.protocol import SPLITS, choose, title
 from maskgit.evaluation.sets import PixelSet, StatisticsFile
 from maskgit.evaluation.statistics import frechet, frechet_infinity
 
@@ -32,13 +32,20 @@ class Reference:
 class Scorer:
     """Scores sets of images against one reference, whose features it computes once.
 
-    cache: the folder that keeps features, by the hash of what they were computed from.
+    cache: the folder that keeps the features of the sets, by the hash of what they were computed
+    from; those of the reference are kept in the user's cache, for other runs as well. classifier:
+    what tells classes, if not the extractor.
     """
 
     def __init__(
-        self, extractor: Extractor, reference: PixelSet | StatisticsFile, cache: Path
+        self,
+        extractor: Extractor,
+        reference: PixelSet | StatisticsFile,
+        cache: Path,
+        classifier: Extractor | None = None,
     ) -> None:
         self.extractor, self.given, self.cache = extractor, reference, cache
+        self.classifier = classifier or extractor
         self.images = reference.images if isinstance(reference, StatisticsFile) else reference
         if isinstance(reference, StatisticsFile) and len(reference.mean) != extractor.dim:
             raise UserError(
@@ -52,22 +59,24 @@ class Scorer:
     ) -> tuple[list[str], dict[str, str]]:
         """The metrics for `count` images of `classes`, and why others are left out."""
         lacking = {}
-        if isinstance(self.given, StatisticsFile) and self.images is None:
+        if self.images is None:
             for name in ("kid", "pr", "dc", "nearest"):
                 lacking[name] = "the reference has statistics alone, no images"
         if not self.extractor.logit_dim:
-            lacking["is"] = lacking["accuracy"] = "the extractor has no classes"
-        elif list(self.extractor.classes) != list(classes):
-            lacking["accuracy"] = "the extractor's classes are others than the images'"
+            lacking["is"] = "the extractor has no classes"
+        if not classes or self.classifier.classes != list(classes):
+            lacking["accuracy"] = f"{self.classifier.name} does not tell the images' classes"
         real = len(self.images) if self.images is not None else count
-        extractor = self.extractor
-        return choose(asked, count, real, extractor.dim, extractor.logit_dim, lacking)
+        dim, logits = self.extractor.dim, self.extractor.logit_dim
+        given = isinstance(self.given, StatisticsFile)
+        return choose(asked, count, real, dim, logits, lacking, given)
 
     def reference(self) -> Reference:
         """The reference's statistics and features. A statistics file's own statistics come first:
         its images, where it has any, are a part of what they were computed from."""
         if self._reference is None:
-            found = self.features(self.images) if self.images is not None else None
+            images = self.images
+            found = cached_features(self.extractor, images) if images is not None else None
             own = self.given if isinstance(self.given, StatisticsFile) else None
             gaussian: Any = own or (found and found.gaussian)
             features = found.features if found else None
@@ -77,6 +86,11 @@ class Scorer:
     def features(self, images: PixelSet) -> Features:
         return cached_features(self.extractor, images, self.cache)
 
+    def accuracy(self, images: PixelSet, labels: Sequence[int | None]) -> float:
+        """Share of `images` that the classifier puts into the class of their label."""
+        found = cached_features(self.classifier, images, self.cache)
+        return metrics.accuracy(_required(found.logits), torch.tensor(labels))
+
     def describe(self) -> dict[str, Any]:
         """Extractor and reference, as they stand in metrics.json."""
         given, images = self.given, self.images
@@ -85,7 +99,8 @@ class Scorer:
         if isinstance(given, StatisticsFile):
             kind = "statistics" if images is None else "adm"
             reference |= {"name": given.name, "hash": given.hash, "kind": kind}
-        return {"reference": reference, "extractor": describe_extractor(self.extractor)}
+        networks = {"extractor": self.extractor, "classifier": self.classifier}
+        return {"reference": reference, **{k: describe_extractor(v) for k, v in networks.items()}}
 
 
 def describe_set(images: PixelSet) -> dict[str, Any]:
@@ -106,28 +121,27 @@ def describe_extractor(extractor: Extractor) -> dict[str, Any]:
 
 
 def score(
-    names: Sequence[str],
-    fake: Features,
-    real: Reference,
-    labels: Sequence[int | None],
-    extractor: str,
-    seed: int = 0,
+    names: Sequence[str], scorer: Scorer, images: PixelSet, labels: Sequence[int | None]
 ) -> dict[str, Value]:
     """The metrics `names` of `protocol.METRICS`, by the names that they deserve.
 
-    labels: the class of each image, for the accuracy of the classifier. seed: of the subsets and
-    splits that some metrics draw.
+    labels: the class of each image, for the accuracy of the classifier.
     """
+    fake, real, extractor = scorer.features(images), scorer.reference(), scorer.extractor.name
     values: dict[str, Value] = {}
     for name in names:
-        for part, value in _compute(name, fake, real, labels, seed).items():
+        if name == "accuracy":
+            values[f"accuracy-{scorer.classifier.name}"] = {
+                "value": scorer.accuracy(images, labels)
+            }
+            continue
+        for part, value in _compute(name, fake, real).items():
             values[title(part, extractor, fake.count)] = value
     return values
 
 
-def _compute(
-    name: str, fake: Features, real: Reference, labels: Sequence[int | None], seed: int
-) -> dict[str, Value]:
+def _compute(name: str, fake: Features, real: Reference, seed: int = 0) -> dict[str, Value]:
+    """One metric, or the pair that it stands for; `seed`: of the subsets and splits drawn."""
     if name == "fid":
         gaussian = fake.gaussian
         value = frechet(gaussian.mean, gaussian.covariance, real.mean, real.covariance)
@@ -135,17 +149,16 @@ def _compute(
     if name == "fid-infinity":
         value, points = frechet_infinity(fake.features, (real.mean, real.covariance), seed=seed)
         return {name: {"value": value, "fit": points}}
-    if name == "accuracy":
-        share = metrics.accuracy(_there(fake.logits), torch.tensor(labels))
-        return {name: {"value": share}}
     if name == "is":
         order = np.random.RandomState(seed).permutation(fake.count)
-        mean, deviation = metrics.inception_score(_there(fake.logits), SPLITS, torch.tensor(order))
+        mean, deviation = metrics.inception_score(
+            _required(fake.logits), SPLITS, torch.tensor(order)
+        )
         return {name: {"value": mean, "deviation": deviation, "over": f"{SPLITS} splits"}}
-    features = _there(real.features)
+    features = _required(real.features)
     if name == "kid":
-        mean, deviation = metrics.kid(fake.features, features, size=KID_SIZE, seed=seed)
-        over = f"100 subsets of {KID_SIZE:,}"
+        mean, deviation = metrics.kid(fake.features, features, seed=seed)
+        over = f"{metrics.KID_SUBSETS} subsets of {metrics.KID_SIZE:,}"
         return {name: {"value": mean, "deviation": deviation, "over": over}}
     if name == "pr":
         pair = metrics.precision_recall(features, fake.features)
@@ -159,7 +172,7 @@ def _compute(
     return {"nearest distance": {"value": spread["50 %"], "quantiles": spread}}
 
 
-def _there(tensor: Tensor | None) -> Tensor:
+def _required(tensor: Tensor | None) -> Tensor:
     assert tensor is not None  # `protocol.choose` leaves out what lacks it
     return tensor
 
@@ -168,11 +181,13 @@ def score_sets(
     scorer: Scorer,
     names: Sequence[str],
     sets: Sequence[PixelSet],
-    labels: Sequence[int | None],
+    labels: Sequence[Sequence[int | None]],
 ) -> dict[str, Any]:
-    """The metrics `names` over one or several sets of equal make, and what the sets are."""
-    real, extractor = scorer.reference(), scorer.extractor.name
-    runs = [score(names, scorer.features(some), real, labels, extractor) for some in sets]
+    """The metrics `names` over one or several sets of equal make, and what the sets are.
+
+    labels: of each set, the class of each image.
+    """
+    runs = [score(names, scorer, *one) for one in zip(sets, labels, strict=True)]
     return {"metrics": over_runs(runs), "images": {**describe_set(sets[0]), "runs": len(sets)}}
 
 

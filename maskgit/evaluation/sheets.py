@@ -19,20 +19,21 @@ def save(out: Path, images: PixelSet, scorer: Scorer) -> None:
     first = pictures(images, list(range(min(SHOWN, len(images)))))
     files: dict[Path, Image.Image | bytes] = {out / "grid.png": sheet([("", first)])}
     if scorer.images is not None:
-        files[out / "nearest.png"] = nearest_sheet(first, images, scorer)
+        files[out / "nearest.png"] = nearest_sheet(images, scorer)
     save_all(files)
 
 
-def nearest_sheet(first: list[Image.Image], images: PixelSet, scorer: Scorer) -> Image.Image:
-    """The first images, nearest to the reference first, each above what it is nearest to."""
+def nearest_sheet(images: PixelSet, scorer: Scorer) -> Image.Image:
+    """The images that are nearest to one of the reference, each beside that one."""
     real = scorer.reference().features
     assert real is not None and scorer.images is not None
-    distances, indices = nearest(scorer.features(images).features[: len(first)], real)
-    order = distances.argsort().tolist()
-    found = indices.tolist()
-    neighbours = dict(zip(found, pictures(scorer.images, found), strict=True))
-    groups = [(f"{distances[i]:.3g}", [first[i], neighbours[found[i]]]) for i in order]
-    return sheet(groups, "images and the nearest of the reference, with their distance")
+    distances, rows = nearest(scorer.features(images).features, real)
+    order = distances.argsort()[:SHOWN]
+    own = pictures(images, order.tolist())
+    theirs = pictures(scorer.images, rows[order].tolist())
+    pairs = zip(distances[order].tolist(), own, theirs, strict=True)
+    groups = [(f"{distance:.3g}", [a, b]) for distance, a, b in pairs]
+    return sheet(groups, "the images nearest to one of the reference, with their distance")
 
 
 def reconstruction_sheet(worst: Sequence[tuple[float, Tensor, Tensor]]) -> Image.Image:

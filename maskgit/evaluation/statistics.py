@@ -6,7 +6,8 @@ from torch import Tensor
 
 from maskgit.common import UserError
 
-POINTS = 15  # subset sizes of the extrapolation (Chong and Forsyth 2020, section 3.2)
+FIT_POINTS = 15  # subset sizes of the extrapolation (Chong and Forsyth 2020, section 3.2)
+ROWS = 4096  # features taken to float64 at once
 
 
 class Gaussian:
@@ -28,23 +29,28 @@ class Gaussian:
                 f"features of {bad} of {len(features)} images are not finite: look at these "
                 f"images, and at the extractor's weights"
             )
-        some = Gaussian(len(self.mean))
-        x = features.double().cpu()
-        some.count, some.mean = len(x), x.mean(0)
-        centred = x - some.mean
-        some.scatter = centred.T @ centred
-        return self.merge(some)
+        for rows in features.split(ROWS):
+            x = rows.double().cpu()
+            mean = x.mean(0)
+            x -= mean
+            self.scatter.addmm_(x.T, x)
+            self._move(mean, len(x))
+        return self
 
     def merge(self, other: "Gaussian") -> "Gaussian":
         """Take in what another has seen, as if seen here (Chan et al. 1979, eq. 2.1)."""
-        total = self.count + other.count
+        self.scatter += other.scatter
         if other.count:
-            apart = other.mean - self.mean
-            weight = self.count * other.count / total
-            self.scatter = self.scatter + other.scatter + weight * torch.outer(apart, apart)
-            self.mean = self.mean + apart * (other.count / total)
-            self.count = total
+            self._move(other.mean, other.count)
         return self
+
+    def _move(self, mean: Tensor, count: int) -> None:
+        """Account for the distance between the mean so far and that of `count` more."""
+        total = self.count + count
+        apart = mean - self.mean
+        self.scatter.addr_(apart, apart, alpha=self.count * count / total)
+        self.mean += apart * (count / total)
+        self.count = total
 
     @property
     def covariance(self) -> Tensor:
@@ -69,15 +75,18 @@ def frechet(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tens
 
 
 def frechet_infinity(
-    features: Tensor, reference: tuple[Tensor, Tensor], points: int = POINTS, seed: int = 0
+    features: Tensor, reference: tuple[Tensor, Tensor], points: int = FIT_POINTS, seed: int = 0
 ) -> tuple[float, list[tuple[int, float]]]:
     """The Frechet distance of infinitely many images, and the points (n, distance) of the fit.
 
     The distances of random subsets of (N, D) features to the mean and covariance of `reference`
     lie on a line over 1 / n; its value at 0 is the answer (Chong and Forsyth 2020). The subsets'
-    sizes go from a tenth of N, or D + 1 if that is more, to N.
+    sizes go from a tenth of N, or D + 1 if that is more, to N. Raises UserError where N leaves no
+    two sizes to draw a line through.
     """
     count, dim = features.shape
+    if count < dim + 2:
+        raise UserError(f"the extrapolation of {dim} features needs over {dim + 1} images: {count}")
     sizes = np.linspace(max(count // 10, dim + 1), count, points).astype(int).tolist()
     draw = np.random.default_rng(seed)
     found = []

@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgit.common.folder import read_json, write_json
+from maskgit.common.folder import read_json, write_json, write_whole
 from maskgit.evaluation import generate
-from maskgit.evaluation.extractors import extract
 from maskgit.evaluation.score import Scorer, score
 from maskgit.evaluation.sets import open_pixels
 from maskgit.pipeline import Pipeline
@@ -28,6 +27,10 @@ class Cell:
     @property
     def name(self) -> str:
         return f"steps-{self.steps}_{self.schedule}_guidance-{self.guidance:g}"
+
+    def file(self, out: Path) -> Path:
+        """Where its row is kept."""
+        return out / "cells" / f"{self.name}.json"
 
 
 def run_cell(
@@ -46,21 +49,22 @@ def run_cell(
     The images are drawn with the same seeds in each cell, and deleted once they are scored. The
     rate is of the images that this call drew.
     """
-    file = out / "cells" / f"{cell.name}.json"
-    if file.exists():
-        return read_json(file)
+    file = cell.file(out)
     folder = out / "images" / cell.name
+    if file.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # where a kill came before it was deleted
+        return read_json(file)
     start = time.monotonic()
     drawn = generate.draw(pipe, labels, seed, folder, settings | asdict(cell), batch_size)
     seconds = time.monotonic() - start
     generate.check_complete(folder, len(labels))
-    features = extract(scorer.extractor, open_pixels(str(folder)))
-    found = score(metrics, features, scorer.reference(), labels, scorer.extractor.name)
+    found = score(metrics, scorer, open_pixels(str(folder)), labels)
     row = asdict(cell) | {name: value["value"] for name, value in found.items()}
     row["images/s"] = drawn / seconds if drawn else None
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, row)
     shutil.rmtree(folder)
+    shutil.rmtree(scorer.cache, ignore_errors=True)
     return row
 
 
@@ -69,9 +73,7 @@ def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    partial = file.with_name(f".{file.name}")
-    partial.write_text(text.getvalue())
-    partial.replace(file)
+    write_whole(file, text.getvalue().encode())
 
 
 def plot(file: Path, rows: Sequence[dict[str, Any]], quality: str, diversity: str | None) -> None:
@@ -109,6 +111,4 @@ def plot(file: Path, rows: Sequence[dict[str, Any]], quality: str, diversity: st
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     pyplot.close(figure)
-    partial = file.with_name(f".{file.name}")
-    partial.write_bytes(image.getvalue())
-    partial.replace(file)
+    write_whole(file, image.getvalue())

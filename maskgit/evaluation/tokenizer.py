@@ -9,6 +9,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from maskgit.common import UserError
 from maskgit.common.progress import meter
 from maskgit.evaluation.extractors import Extractor
 from maskgit.evaluation.quality import l1, psnr, ssim
@@ -58,6 +59,8 @@ def reconstruct(
             real = batch.to(device).float() / 255  # (B, 3, H, W)
             ids = vqgan.encode(real)  # (B, h, w)
             fake = (vqgan.decode(ids) * 255).round() / 255
+            if not fake.isfinite().all():
+                raise UserError("reconstructions are not finite numbers: look at the weights")
             measured = {name: compare(real, fake) for name, compare in COMPARED.items()}
             if perceptual:
                 pairs = zip(real.split(1), fake.split(1), strict=True)

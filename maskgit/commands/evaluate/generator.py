@@ -27,16 +27,28 @@ def run(args: argparse.Namespace) -> None:
     from maskgit.evaluation.score import score_sets
     from maskgit.evaluation.sets import open_pixels, write_npz
 
-    total = args.num * args.runs
-    ready = options.prepare(args, total, shared.sampling_settings(args))
-    pipe, scorer, labels = ready.pipe, ready.scorer, ready.labels
     processes = Processes()
-    seconds = options.try_out(ready, {}) * total / processes.count
-    options.say("drawing", f"takes about {clock(seconds)} or less")
+    args.device = processes.device(args.device)
+    ready = options.prepare(args, shared.sampling_settings(args), args.runs)
+    pipe, scorer, extractor = ready.pipe, ready.scorer, ready.scorer.extractor
     runs = [args.out / "images" / f"run-{k}" for k in range(args.runs)]
+    total, image = args.num * args.runs, 3 * pipe.image_size[0] * pipe.image_size[1]
+    missing = total - sum(1 for folder in runs for _ in folder.glob("[!.]*.png"))
+    needed = (missing + args.num * args.npz) * image  # a PNG is at most about as many bytes
+    needed += total * 4 * (extractor.dim + (extractor.logit_dim or 0))
+    generate.check_disk(args.out, needed)
+    drawing, scoring = options.seconds_an_image(ready, {})
+    seconds = drawing * missing / processes.count + scoring * total
+    options.say("images", f"{missing:,} of {total:,} to draw, labels {args.labels}")
+    options.say("disk", f"at most {needed / 1e6:,.0f} MB more in {args.out}")
+    options.say("time", f"about {clock(seconds)} or less for drawing and scoring")
+    if processes.first:
+        generate.check_plan(args.out, ready.plan)
+    processes.wait()
+
+    share = (processes.index, processes.count)
     for k, folder in enumerate(runs):
-        seed = args.seed + k * args.num
-        share = (processes.index, processes.count)
+        seed, labels = args.seed + k * args.num, ready.labels[k]
         generate.draw(pipe, labels, seed, folder, ready.settings, args.batch_size, share)
     processes.wait()
     if not processes.first:
@@ -46,11 +58,11 @@ def run(args: argparse.Namespace) -> None:
     sets = [open_pixels(str(folder)) for folder in runs]
     result = {
         "command": "generator",
-        **score_sets(scorer, ready.names, sets, labels),
+        **score_sets(scorer, ready.names, sets, ready.labels),
         **scorer.describe(),
         "left_out": ready.left_out,
         "labels": args.labels,
-        "class_counts": class_counts(labels),
+        "class_counts": class_counts(ready.labels[0]),
         "seeds": [args.seed, args.seed + total - 1],
         "settings": ready.settings,
         "model": {"source": args.model, "sha256": ready.plan["model"]},

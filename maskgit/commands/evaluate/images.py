@@ -2,6 +2,7 @@
 
 import argparse
 
+from maskgit.commands import shared
 from maskgit.commands.evaluate import options
 
 HELP = "score images that anyone made"
@@ -10,7 +11,9 @@ EXAMPLE = "maskgit evaluate images emoji:heldout --reference emoji --extractor e
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("set", help="folder, shards, .npz of images, emoji or emoji:heldout")
-    parser.add_argument("--size", type=int, help="crop and resize to this side (as they are)")
+    parser.add_argument(
+        "--size", type=shared.at_least(16), help="crop and resize to this side (as they are)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     options.add_scoring_options(parser, "the sheets and metrics.json")
 
@@ -33,9 +36,11 @@ def run(args: argparse.Namespace) -> None:
         "labels": "own",
         "class_counts": class_counts(images.labels),
         **scorer.describe(),
+        "device": str(extractor.device),
+        "dtype": "fp32",
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    result |= score_sets(scorer, names, [images], images.labels)
+    result |= score_sets(scorer, names, [images], [images.labels])
     report.save_statistics(args.out / "statistics.npz", scorer.features(images).gaussian)
     sheets.save(args.out, images, scorer)
     report.print_result(report.finish(args.out, result))

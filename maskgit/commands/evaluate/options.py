@@ -1,6 +1,7 @@
 """What the subcommands of `maskgit evaluate` have in common."""
 
 import argparse
+import hashlib
 import os
 import time
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ def add_scoring_options(parser: argparse.ArgumentParser, sheets: str) -> None:
     )
     add_extractor_options(parser)
     parser.add_argument(
+        "--classifier",
+        metavar="NAME",
+        help="what tells classes, if not the extractor: emoji, or a folder",
+    )
+    parser.add_argument(
         "--metrics",
         metavar="NAME,...",
         type=lambda text: text.split(","),
@@ -40,9 +46,13 @@ def add_out_option(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def add_extractor_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--extractor", default="inception", help="inception (default) or emoji")
     parser.add_argument(
-        "--extractor-weights", type=Path, metavar="FILE", help="where its weights are"
+        "--extractor",
+        default="inception",
+        help="inception (default), emoji, or a folder that `maskgit train emoji_classifier` made",
+    )
+    parser.add_argument(
+        "--extractor-weights", type=Path, metavar="FILE", help="where Inception weights are"
     )
     parser.add_argument(
         "--tf32", action="store_true", help="let GPUs round its products: faster, not comparable"
@@ -65,11 +75,15 @@ def open_scorer(
     args: argparse.Namespace, extractor: "Extractor", size: tuple[int, int]
 ) -> "Scorer":
     """A scorer against the reference of the options, its images brought to `size`."""
+    from maskgit.evaluation.extractors import open_extractor
     from maskgit.evaluation.score import Scorer
     from maskgit.evaluation.sets import StatisticsFile, open_set
 
     reference = open_set(args.reference, size)
-    scorer = Scorer(extractor, reference, args.out / "features")
+    classifier = None
+    if args.classifier:
+        classifier = open_extractor(args.classifier, extractor.device, None, args.tf32)
+    scorer = Scorer(extractor, reference, args.out / "features", classifier)
     kind = "statistics" if isinstance(reference, StatisticsFile) else f"{len(reference):,} images"
     say("reference", f"{reference.name}: {kind}, sha256 {reference.hash}")
     return scorer
@@ -83,7 +97,7 @@ class Prepared:
     scorer: "Scorer"
     names: list[str]  # of metrics
     left_out: dict[str, str]
-    labels: list[int | None]
+    labels: list[list[int | None]]  # of each run, the class of each image
     settings: dict[str, Any]  # of the sampler
     plan: dict[str, Any]  # what the images of the output folder are drawn by
 
@@ -96,49 +110,51 @@ def add_generator_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels", default="balanced", help="balanced (default), random, reference, or a file"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the first image; +1 for each (0)")
+    parser.add_argument(
+        "--seed", type=shared.at_least(0), default=0, help="of the first image; +1 for each (0)"
+    )
     parser.add_argument("--batch-size", type=shared.at_least(1), default=64, help="at once (64)")
 
 
-def prepare(args: argparse.Namespace, kept: int, settings: dict[str, Any]) -> Prepared:
-    """Find and check all that will be needed, say it, and write the plan of the output folder.
-
-    kept: how many images will lie on the disk. settings: of the sampler, as options give them.
-    """
+def prepare(args: argparse.Namespace, settings: dict[str, Any], runs: int = 1) -> Prepared:
+    """Find and check all that will be needed, and say it. settings: of the sampler, as options
+    give them."""
     from maskgit.evaluation import generate
-    from maskgit.evaluation.processes import Processes
 
-    processes = Processes()
-    args.device = processes.device(args.device)
     extractor = extractor_of(args)
     pipe = shared.load_pipeline(args)
     scorer = open_scorer(args, extractor, pipe.image_size)
     names, left = scorer.choose(args.metrics, args.num, pipe.labels)
-    known = scorer.images.labels if scorer.images is not None else []
-    labels = generate.choose_labels(args.labels, args.num, pipe.labels, known, args.seed)
+    known: list[int | None] = []
+    if args.labels == "reference" and scorer.images is not None:
+        known = generate.reference_labels(scorer.images, pipe.labels)
+    labels = [
+        generate.choose_labels(args.labels, args.num, pipe.labels, known, args.seed + k * args.num)
+        for k in range(runs)
+    ]
     plan = {
         "num": args.num,
         "labels": args.labels,
+        "first labels": hashlib.sha256(str(labels[0]).encode()).hexdigest(),
         "seed": args.seed,
         "settings": pipe.settings(settings),
         "model": shared.model_hashes(args.model),
         **shared.computed_on(pipe),
+        "device": pipe.device.type,  # which of several GPUs draws an image does not matter
     }
-    disk = generate.check_disk(args.out, kept, pipe.image_size)
-    say("images", f"{kept:,}, labels {args.labels}, at most {disk:,.0f} MB in {args.out}")
     say_metrics(names, left)
-    if processes.first:
-        generate.check_plan(args.out, plan)
-    processes.wait()
     return Prepared(pipe, scorer, names, left, labels, plan["settings"], plan)
 
 
-def try_out(ready: Prepared, settings: dict[str, Any]) -> float:
-    """Draw a few images for nothing: raises now what would fail later. Seconds an image."""
-    few = ready.labels[:4]
+def seconds_an_image(ready: Prepared, settings: dict[str, Any]) -> tuple[float, float]:
+    """What drawing and what scoring take, by doing it with a few images for nothing, which also
+    raises now what would fail later."""
+    few = ready.labels[0][:4]
     start = time.monotonic()
-    ready.pipe.sample(few, **ready.settings | settings)
-    return (time.monotonic() - start) / len(few)
+    images = ready.pipe.sample(few, **ready.settings | settings)
+    drawn = time.monotonic()
+    ready.scorer.extractor((images * 255).round().byte())[0].sum().item()
+    return (drawn - start) / len(few), (time.monotonic() - drawn) / len(few)
 
 
 def say_metrics(names: list[str], left: dict[str, str]) -> None:

@@ -48,24 +48,28 @@ def run(args: argparse.Namespace) -> None:
     """Check everything, go through the cells, and print table and path."""
     from maskgit.common import UserError
     from maskgit.common.folder import write_json
-    from maskgit.evaluation import report
+    from maskgit.evaluation import generate, report
     from maskgit.evaluation.processes import Processes
     from maskgit.evaluation.protocol import title
     from maskgit.evaluation.sweep import Cell, plot, run_cell, write_csv
 
     if Processes().count > 1:
         raise UserError("a sweep takes one process: start it without a launcher")
-    ready = options.prepare(args, args.num, {})
+    ready = options.prepare(args, {})
     own, pipe = ready.settings, ready.pipe
     schedules = args.schedule or [own["schedule"]]
     scales = args.guidance if args.guidance is not None else [own["guidance"]]
     cells = [Cell(*cell) for cell in product(args.steps, schedules, scales)]
+    generate.check_disk(args.out, args.num * 3 * pipe.image_size[0] * pipe.image_size[1])
     for cell in cells:
-        options.try_out(ready, asdict(cell))
+        if not cell.file(args.out).exists():
+            options.seconds_an_image(ready, asdict(cell))
+    plan = {**ready.plan, "metrics": ready.names, **ready.scorer.describe()}
+    generate.check_plan(args.out, plan)
     rows = []
     for i, cell in enumerate(cells):
         print(f"cell {i + 1} of {len(cells)}: {cell.name}", flush=True)
-        labels, size = ready.labels, args.batch_size
+        labels, size = ready.labels[0], args.batch_size
         rows.append(
             run_cell(cell, pipe, ready.scorer, ready.names, labels, args.seed, args.out, own, size)
         )
@@ -73,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     columns = list(rows[0])
     report.table(columns, [[show(row[name]) for name in columns] for row in rows])
     write_csv(args.out / "sweep.csv", rows)
-    write_json(args.out / "sweep.json", {"cells": rows, **ready.plan, **ready.scorer.describe()})
+    write_json(args.out / "sweep.json", {"cells": rows, **plan})
     if named[0] in columns:
         plot(args.out / "sweep.png", rows, named[0], named[1] if named[1] in columns else None)
     print(args.out / "sweep.csv")

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from maskgit.commands import shared
 from maskgit.commands.evaluate import options
 
 HELP = "measure a tokenizer's reconstructions"
@@ -15,7 +16,9 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vqgan", required=True, help="folder, bundled name or hub id")
     parser.add_argument("--data", required=True, metavar="REF", help="images, as --reference has")
-    parser.add_argument("--size", type=int, help="crop and resize to this side (as they are)")
+    parser.add_argument(
+        "--size", type=shared.at_least(16), help="crop and resize to this side (as they are)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     options.add_extractor_options(parser)
     parser.add_argument(
