@@ -52,7 +52,7 @@ def test_help_of_each_command_starts_with_an_example(maskgit, name):
 @pytest.mark.parametrize("name", RUNNING)
 def test_the_example_parses(name):
     command = load(name)
-    assert command.EXAMPLE.startswith(f"maskgit {name} ")
+    assert f"{command.EXAMPLE} ".startswith(f"maskgit {name} ")
     rest = command.EXAMPLE.removeprefix(f"maskgit {name}").split()
     parser = Parser(f"maskgit {name}", command.EXAMPLE, command.HELP)
     command.add_arguments(parser)

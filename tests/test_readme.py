@@ -6,6 +6,7 @@ left out since the copy is the clone, `make` uses the environment of these tests
 installing one, and `make test` is only asked what it would do, since this is it.
 """
 
+import csv
 import os
 import re
 import shutil
@@ -54,6 +55,21 @@ def test_adapted():
     assert adapted("git clone X\ncd maskgit\nmake sample\n") == "make -o .venv/.ready sample\n"
     assert adapted("make test-slow\n") == "make -o .venv/.ready -n test-slow\n"
     assert adapted("maskgit train x a=1\n") == "maskgit train --smoke x a=1\n"
+
+
+def test_the_table_is_that_of_the_sweep():
+    rows, rates = (
+        list(csv.DictReader((ROOT / "docs" / f"{n}.csv").open())) for n in ("sweep", "rates")
+    )
+    rate = {(row["steps"], row["guidance"]): float(row["images/s"]) for row in rates}
+    measured = ("FD-emoji", "precision-emoji", "recall-emoji", "accuracy-emoji")
+    for row in rows:
+        numbers = " | ".join(f"{float(row[name]):.2f}" for name in measured)
+        settings = f"{row['steps']} | {row['schedule']} | {float(row['guidance']):g}"
+        speed = rate[row["steps"], row["guidance"]]
+        line = f"| {settings} | {numbers} | {speed:.1f} |\n"
+        assert line in (ROOT / "README.md").read_text()
+    assert len(rows) == 24
 
 
 @pytest.mark.slow

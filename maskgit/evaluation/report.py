@@ -2,6 +2,7 @@
 
 import io
 import platform
+import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,7 @@ from maskgit.common.folder import FORMAT_VERSION, read_json, write_json, write_w
 from maskgit.evaluation.protocol import apart, judge, verdict
 
 PACKAGES = ("maskgit", "torch", "torchvision", "torch-fidelity", "numpy", "pillow")
+WIDE = 1000  # columns where no terminal limits them, so that nothing is cut
 UINT8 = "round(255 x)"  # how images became bytes
 
 
@@ -79,7 +81,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
     drawn = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     for column in columns:
         drawn.add_column(column, no_wrap=True)
