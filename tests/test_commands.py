@@ -220,6 +220,7 @@ def test_doctor_tells_what_is_here(maskgit):
     for part in ("vqgan", "transformer"):
         assert len(found[f"weights emoji/{part}"].split("sha256 ")[1]) == 64
     assert "loss.perceptual" in found["weights vgg16"]
+    assert "FID" in found["weights inception"] and "sha256" in found["weights emoji/classifier"]
     assert "GB free" in found["disk"]
 
 

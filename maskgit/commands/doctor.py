@@ -13,7 +13,7 @@ from maskgit.common.folder import BUNDLED, file_hash
 HELP = "say what this machine and this installation can do"
 EXAMPLE = "maskgit doctor"
 
-PARTS = ("vqgan", "transformer")  # the folders of a bundled model that hold weights
+PARTS = ("vqgan", "transformer", "classifier")  # the folders of a bundled model that hold weights
 
 Finding = tuple[str, str, bool]  # what, what was found, whether one can work with it
 
@@ -120,12 +120,19 @@ def weights() -> Iterator[Finding]:
 def optional_weights() -> Iterator[Finding]:
     """Those that only some settings need, and that are too large to travel with the project."""
     try:
+        from maskgit.common import UserError
+        from maskgit.evaluation.inception import find_inception
         from vqgan.task import VQGANLossConfig
     except (ImportError, OSError):
         return  # told above
     file = Path(VQGANLossConfig().vgg).expanduser()
     found = f"sha256 {file_hash(file)}" if file.is_file() else f"none at {file}"
     yield "weights vgg16", f"{found}; only training with loss.perceptual above 0 needs it", True
+    try:
+        found = f"sha256 {file_hash(find_inception())}"
+    except UserError as error:
+        found = str(error).partition(":")[0]
+    yield "weights inception", f"{found}; only maskgit evaluate needs it, for FID", True
 
 
 def _line(error: BaseException) -> str:

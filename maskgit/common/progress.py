@@ -18,14 +18,16 @@ class Advance(Protocol):
     def __call__(self, count: int = 1, note: str = "") -> None: ...
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+def progress(
+    items: Iterable[T], what: str, total: int | None = None, unit: str = "steps"
+) -> Iterator[T]:
     """Pass `items` through while showing how many are done, the rate and the time left.
 
     `total` is how many there are, where `items` has no length.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
-    with meter(total, what) as advance:
+    with meter(total, what, unit) as advance:
         for item in items:
             yield item
             advance()

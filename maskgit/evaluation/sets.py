@@ -119,7 +119,7 @@ class _Seen(NamedTuple):
 
 def _open_files(name: str, kind: str, source: Source, size: Size | None) -> PixelSet:
     items, looks = source.items, (partial(_look, item) for item in source.items)
-    seen = list(progress(_ahead(looks, THREADS), f"reading {name}", len(items)))
+    seen = list(progress(_ahead(looks, THREADS), f"reading {name}", len(items), "images"))
     first = seen[0].size
     for item, one in zip(items, seen, strict=True):
         if size is None and one.size != first:
