@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from maskgit.evaluation.extractors import Extractor, extract, open_extractor
+from maskgit.evaluation.npz import write_npz
 from maskgit.evaluation.report import table
-from maskgit.evaluation.sets import PixelSet, open_pixels, write_npz
+from maskgit.evaluation.sets import PixelSet, open_pixels
 
 FEW, MANY, BATCH, TURNS = 1_000, 50_000, 64, 5
 

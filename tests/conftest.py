@@ -36,6 +36,13 @@ def pictures(count):
         return [(member.name, shard.extractfile(member).read()) for member in members]
 
 
+def one_line(error, *parts):
+    """Assert that an error that pytest caught says all these parts, in one line."""
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(str(part) in message for part in parts), message
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory):
     """Features of earlier runs, and the home of whoever runs the tests, play no part."""

@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from conftest import one_line
 from pictures import encoded, make_folder, picture
 from PIL import Image
 from webdataset import TarWriter
@@ -24,12 +25,6 @@ def pixels_of(images, batch_size=4):
 
 def noise(count, size=(12, 10), seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), np.uint8)
-
-
-def one_line(error, *parts):
-    message = str(error.value)
-    assert "\n" not in message
-    assert all(str(part) in message for part in parts), message
 
 
 # Folders, shards and the bundled set

@@ -53,6 +53,8 @@ class Scorer:
                 f"extractor {extractor.name} makes {extractor.dim}: take the one it was made with"
             )
         self._reference: Reference | None = None
+        self._features: tuple[str, Features] | None = None  # of the set that was asked for last
+        self._nearest: tuple[str, tuple[Tensor, Tensor]] | None = None  # likewise
 
     def choose(
         self, asked: Sequence[str] | None, count: int, classes: Sequence[str]
@@ -84,11 +86,25 @@ class Scorer:
         return self._reference
 
     def features(self, images: PixelSet) -> Features:
-        return cached_features(self.extractor, images, self.cache)
+        """What the extractor makes of a set; of the last set, without reading it again."""
+        if self._features is None or self._features[0] != images.hash:
+            self._features = images.hash, cached_features(self.extractor, images, self.cache)
+        return self._features[1]
+
+    def nearest(self, images: PixelSet) -> tuple[Tensor, Tensor]:
+        """For each image the distance (N,) to the nearest of the reference, and its row (N,)."""
+        if self._nearest is None or self._nearest[0] != images.hash:
+            real = _required(self.reference().features)
+            found = metrics.nearest(self.features(images).features, real)
+            self._nearest = images.hash, found
+        return self._nearest[1]
 
     def accuracy(self, images: PixelSet, labels: Sequence[int | None]) -> float:
         """Share of `images` that the classifier puts into the class of their label."""
-        found = cached_features(self.classifier, images, self.cache)
+        own = self.classifier is self.extractor
+        found = (
+            self.features(images) if own else cached_features(self.classifier, images, self.cache)
+        )
         return metrics.accuracy(_required(found.logits), torch.tensor(labels))
 
     def describe(self) -> dict[str, Any]:
@@ -135,6 +151,11 @@ def score(
                 "value": scorer.accuracy(images, labels)
             }
             continue
+        if name == "nearest":
+            values[title("nearest distance", extractor, fake.count)] = spread(
+                scorer.nearest(images)[0]
+            )
+            continue
         for part, value in _compute(name, fake, real).items():
             values[title(part, extractor, fake.count)] = value
     return values
@@ -166,10 +187,14 @@ def _compute(name: str, fake: Features, real: Reference, seed: int = 0) -> dict[
     if name == "dc":
         pair = metrics.density_coverage(features, fake.features)
         return {part: {"value": v} for part, v in zip(("density", "coverage"), pair, strict=True)}
-    distances, _ = metrics.nearest(fake.features, features)
-    quantiles = np.percentile(distances.numpy(), QUANTILES).tolist()
-    spread = {f"{q} %": value for q, value in zip(QUANTILES, quantiles, strict=True)}
-    return {"nearest distance": {"value": spread["50 %"], "quantiles": spread}}
+    raise AssertionError(name)  # `protocol.choose` knows no other
+
+
+def spread(distances: Tensor) -> Value:
+    """The median of (N,) distances, and their quantiles."""
+    found = np.percentile(distances.numpy(), QUANTILES).tolist()
+    quantiles = {f"{q} %": value for q, value in zip(QUANTILES, found, strict=True)}
+    return {"value": quantiles["50 %"], "quantiles": quantiles}
 
 
 def _required(tensor: Tensor | None) -> Tensor:

@@ -32,9 +32,7 @@ from maskgit.engine.sources import (
     list_shards,
 )
 from maskgit.evaluation import npz
-from maskgit.evaluation.npz import Size, to_tensor, write_npz
-
-__all__ = ["PixelSet", "StatisticsFile", "open_pixels", "open_set", "write_npz"]
+from maskgit.evaluation.npz import Size, to_tensor
 
 THREADS = min(8, os.cpu_count() or 1)  # that read and decode images ahead of their use
 MAX_PIXELS = DataConfig.max_pixels

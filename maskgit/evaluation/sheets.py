@@ -6,7 +6,6 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from maskgit.evaluation.metrics import nearest
 from maskgit.evaluation.score import Scorer
 from maskgit.evaluation.sets import PixelSet
 from maskgit.sheet import save_all, sheet
@@ -25,9 +24,8 @@ def save(out: Path, images: PixelSet, scorer: Scorer) -> None:
 
 def nearest_sheet(images: PixelSet, scorer: Scorer) -> Image.Image:
     """The images that are nearest to one of the reference, each beside that one."""
-    real = scorer.reference().features
-    assert real is not None and scorer.images is not None
-    distances, rows = nearest(scorer.features(images).features, real)
+    assert scorer.images is not None
+    distances, rows = scorer.nearest(images)
     order = distances.argsort()[:SHOWN]
     own = pictures(images, order.tolist())
     theirs = pictures(scorer.images, rows[order].tolist())

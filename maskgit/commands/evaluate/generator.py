@@ -22,10 +22,11 @@ def run(args: argparse.Namespace) -> None:
     """Check all that will be needed, draw what is missing, score, and print the path."""
     from maskgit.common.progress import clock
     from maskgit.evaluation import generate, report, sheets
+    from maskgit.evaluation.npz import write_npz
     from maskgit.evaluation.processes import Processes
     from maskgit.evaluation.protocol import class_counts
     from maskgit.evaluation.score import score_sets
-    from maskgit.evaluation.sets import open_pixels, write_npz
+    from maskgit.evaluation.sets import open_pixels
 
     processes = Processes()
     args.device = processes.device(args.device)
