@@ -11,12 +11,15 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from clip import CLIP, CLIPConfig
+from clip.task import CLIPLossConfig, CLIPTask
 from maskgit.common import UserError, pick
 from maskgit.common.device import pick_device
 from maskgit.common.folder import file_hash, find
 from maskgit.engine.config import build, differences, merge
 from maskgit.engine.data import DataConfig, ImageSet, batches, in_order, open_images
 from maskgit.engine.loop import Batch, Task, TrainConfig, make_accelerator, train
+from maskgit.engine.pairs import Pairs
 from maskgit.engine.tokens import cached, fixed_batches, token_batches, tokenize
 from maskgit.evaluation.classifier import Classifier, ClassifierConfig
 from maskgit.evaluation.classifier_task import ClassifierLossConfig, ClassifierTask
@@ -70,9 +73,17 @@ class ClassifierRun(Run):
     loss: ClassifierLossConfig = field(default_factory=ClassifierLossConfig)
 
 
+@dataclass
+class CLIPRun(Run):
+    task: str = "clip"
+    captions: str | None = None  # a table of them; None: they lie beside the images
+    model: CLIPConfig = field(default_factory=CLIPConfig)
+    loss: CLIPLossConfig = field(default_factory=CLIPLossConfig)
+
+
 # What of the models' configs is no setting.
 FOLLOWS: dict[str, Any] = dict(codebook_size=0, num_classes=0, grid=[0, 0], has_null_label=True)
-SCHEMAS = {"vqgan": VQGANRun, "maskgit": MaskGITRun, "classifier": ClassifierRun}
+SCHEMAS = {"vqgan": VQGANRun, "maskgit": MaskGITRun, "classifier": ClassifierRun, "clip": CLIPRun}
 
 
 def resolve(content: dict[str, Any], overrides: DictConfig, smoke: bool) -> tuple[Any, str]:
@@ -113,6 +124,7 @@ def start(run: Any, say: Say = print) -> dict[str, float] | None:
         "vqgan": vqgan_run,
         "maskgit": maskgit_run,
         "classifier": classifier_run,
+        "clip": clip_run,
     }
     task, stream, validation = joins[run.task](run, folder, say)
     folder.mkdir(parents=True, exist_ok=True)
@@ -223,6 +235,27 @@ def classifier_run(run: ClassifierRun, folder: Path, say: Say) -> Joined:
         initialise(model, Classifier.from_pretrained(run.init), run.init)
     task = ClassifierTask(model, run.loss, images.classes)
     return task, image_stream(run, images), {"heldout": lambda: in_order(heldout, 64)}
+
+
+def clip_run(run: CLIPRun, folder: Path, say: Say) -> Joined:
+    """CLIP's task, its batches of images with a caption each, and held-out pairs."""
+    images, heldout = open_images(run.data), open_images(run.data, "heldout")
+    model = CLIP(run.model)
+    if run.init:
+        initialise(model, CLIP.from_pretrained(run.init), run.init)
+    elif run.loss.locked:
+        raise UserError("loss.locked needs a tower worth keeping: give init=FOLDER")
+    if run.train.batch_size < 2 and run.model.loss == "infonce":
+        raise UserError("train.batch_size=1 has nothing to contrast: take 2 or more")
+    pairs, others = (Pairs(some, run.captions, model.tokenizer) for some in (images, heldout))
+    say(f"{len(images)} images, {pairs.describe()}")
+    stream = image_stream(run, images)
+    task = CLIPTask(model, run.loss, images.classes)
+    return (
+        task,
+        lambda step: pairs.drawn(stream(step), run.train.seed, step),
+        {"heldout": lambda: others.first(in_order(heldout, 64))},
+    )
 
 
 def image_stream(run: Run, images: ImageSet) -> Callable[[int], Iterator[Batch]]:

@@ -17,7 +17,7 @@ from maskgit.common import UserError
 
 def load(name):
     """The module of a command, of "evaluate images" as of "sample"."""
-    return import_module("maskgit.commands." + name.replace(" ", "."))
+    return import_module("maskgit.commands." + name.replace(" ", ".").replace("-", "_"))
 
 
 EVALUATE = [f"evaluate {name}" for name in load("evaluate").COMMANDS]
@@ -28,7 +28,8 @@ def test_every_command_is_listed_and_no_other():
     folder = Path(entry.__file__).parent
     files = {file.relative_to(folder).with_suffix("") for file in folder.rglob("*.py")}
     names = {" ".join(file.parts) for file in files if file.stem not in ("__init__", "main")}
-    assert {name for name in names if hasattr(load(name), "run")} == set(RUNNING)
+    found = {name.replace("_", "-") for name in names if hasattr(load(name), "run")}
+    assert found == set(RUNNING)
 
 
 def test_help_of_all_lists_each_command(maskgit):

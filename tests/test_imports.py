@@ -87,6 +87,7 @@ def test_imports_follow_the_rule(module):
         ("vqgan.model", "import importlib\nimportlib.import_module('maskgit.model')"),
         ("maskgit.engine.optim", "from ..model import MaskGIT"),
         ("maskgit.model", "from .commands import main"),
+        ("clip.model", "from maskgit.engine.images import fit"),
     ],
 )
 def test_the_rule_sees_offences(module, line):
@@ -120,6 +121,7 @@ except SystemExit as end:
     [
         "import maskgit.common",
         "import maskgit, vqgan; assert 'Pipeline' in dir(maskgit); assert 'VQGAN' in dir(vqgan)",
+        "import clip; assert 'CLIP' in dir(clip) and 'CLIPConfig' in dir(clip)",
         "from maskgit.common.device import pick_device",
         "from maskgit.common.progress import progress",
         "from maskgit.common.folder import find",

@@ -11,6 +11,8 @@ from maskgit.evaluation.protocol import (
     apportion,
     choose,
     class_counts,
+    clip_name,
+    is_clip,
     judge,
     least_images,
     title,
@@ -77,6 +79,35 @@ def test_a_tokenizer_has_a_protocol_of_its_own():
     assert judge(result) == (None, ["n=189"])
 
 
+CLIPSCORE = {
+    "command": "clip-score",
+    "extractor": {"name": "ViT-B-32/openai"},
+    "clip_score": {
+        "convention": "hessel",
+        "truncated": 0,
+        "not_independent": None,
+        "texts": {"kind": "captions"},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"convention": "percent"}, "convention percent, which fixes no model"),
+        ({"texts": {"kind": "class prompts"}}, "class prompts, no captions"),
+        ({"truncated": 3}, "3 texts cut"),
+        ({"not_independent": "reranked"}, "reranked"),
+    ],
+)
+def test_a_clip_score_has_a_protocol_of_its_own(change, reason):
+    assert judge(CLIPSCORE) == ("clipscore-hessel", [])
+    protocol, reasons = judge({**CLIPSCORE, "clip_score": CLIPSCORE["clip_score"] | change})
+    assert protocol is None and len(reasons) == 1 and reason in reasons[0]
+    other = judge({**CLIPSCORE, "extractor": {"name": "emoji"}})
+    assert other == (None, ["model emoji is not ViT-B-32/openai"])
+
+
 def test_names_that_numbers_deserve():
     assert title("fid", "inception", 50_000) == "FID-50K"
     assert "50K" not in title("fid", "inception", 49_999)
@@ -85,6 +116,15 @@ def test_names_that_numbers_deserve():
             name = title(metric, "emoji", count)
             assert name.endswith("-emoji")
             assert "FID" not in name and "Inception" not in name and "KID" not in name
+    for name in ("clip", "clip-ViT-L-14-336-openai", "clip-ViT-B-32-openai"):
+        assert title("kid", name, 50_000) == f"KD-{name}" and is_clip(name)
+    assert title("fid", clip_name(""), 500) == "FD-clip"
+    assert title("fid", clip_name("ViT-B-32/openai"), 500) == "CLIP-FID (500 images)"
+    assert title("fid", clip_name("ViT-L-14-336/openai"), 500) == "FD-clip-ViT-L-14-336-openai"
+    assert title("cmmd", clip_name(""), 500) == "CMMD-clip"
+    assert title("cmmd", clip_name("ViT-L-14-336/openai"), 500) == "CMMD (500 images)"
+    assert title("cmmd", clip_name("ViT-B-32/openai"), 500) == "CMMD-clip-ViT-B-32-openai"
+    assert not is_clip("inception") and not is_clip("emoji")
     assert title("is", "emoji", 1) == "IS-emoji" and title("fid", "emoji", 1) == "FD-emoji"
 
 
@@ -92,7 +132,7 @@ def test_metrics_follow_from_the_number_of_images():
     every, left = choose(None, 50_000, 50_000, 2048, 1008, {})
     assert every == list(METRICS) and left == {}
     some, left = choose(None, 500, 50_000, 2048, 1008, {})
-    assert some == ["pr", "dc", "accuracy", "nearest"]
+    assert some == ["cmmd", "pr", "dc", "accuracy", "nearest"]
     assert left["fid"] == "needs 2,049 images, and there are 500"
     _, left = choose(None, 50_000, 50_000, 2048, None, {"is": "no classes"})
     assert left == {"is": "no classes"}

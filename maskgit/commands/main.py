@@ -94,7 +94,7 @@ def dispatch(
         raise UserError(f"which command? {prog} {{{','.join(commands)}}} (see {prog} --help)")
     name, *rest = arguments
     if name in commands:
-        command = import_module(f"{package}.{name}")
+        command = import_module(_module(package, name))
         if hasattr(command, "COMMANDS"):
             return dispatch(rest, f"{prog} {name}", command.__name__, command.COMMANDS)
         parser = Parser(f"{prog} {name}", command.EXAMPLE, command.HELP)
@@ -115,7 +115,7 @@ def dispatch(
 
 def overview(prog: str, package: str, commands: Sequence[str]) -> str:
     """What `maskgit --help` prints, and `maskgit COMMAND --help` of one with subcommands."""
-    modules = {name: import_module(f"{package}.{name}") for name in commands}
+    modules = {name: import_module(_module(package, name)) for name in commands}
     return "\n".join(
         [
             f"example: {next(iter(modules.values())).EXAMPLE}",
@@ -128,6 +128,11 @@ def overview(prog: str, package: str, commands: Sequence[str]) -> str:
             f"{prog} COMMAND --help tells the rest; maskgit --version the version.",
         ]
     )
+
+
+def _module(package: str, name: str) -> str:
+    """Where a command is: `clip-score` in clip_score.py."""
+    return f"{package}.{name.replace('-', '_')}"
 
 
 def _fail(message: object, status: int) -> int:

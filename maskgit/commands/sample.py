@@ -17,6 +17,7 @@ from maskgit.common.progress import meter
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from maskgit.evaluation.clip_model import ClipModel
     from maskgit.pipeline import Pipeline
     from maskgit.trace import Step
 
@@ -26,6 +27,7 @@ EXAMPLE = "maskgit sample --class cat-face --num 8 --out cats.png"
 NUM = 4  # images of a class
 FIRST = 8  # classes shown by a model that names none to show
 TRACED = 8  # images in a trace
+CANDIDATES = 8
 NOT_WRITTEN = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -53,27 +55,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", action="store_true", help=f"also show each step of the first {TRACED} images"
     )
+    parser.add_argument(
+        "--rerank",
+        metavar="CLIP",
+        help="keep the best of several by this CLIP: clip (the bundled one), a folder or a file",
+    )
+    parser.add_argument(
+        "--candidates",
+        type=shared.at_least(2),
+        metavar="N",
+        help=f"with --rerank, images drawn for each that is kept ({CANDIDATES})",
+    )
     shared.add_sampling_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Check, sample, write, and print time, rate and, on the last line, the path."""
+    from maskgit.metadata import to_png
+
     as_sheet = args.out.suffix.lower() == ".png"
     check_output(args.out, as_sheet)
+    check_rerank(args)
     pipe = shared.load_pipeline(args)
     ids = [i for i in chosen_classes(pipe, args.classes) for _ in range(args.num)]
     settings = pipe.settings(shared.sampling_settings(args))
+    records, clip = describe(pipe, ids, args, settings), load_clip(args, pipe)
     steps: list[Step] = []
     start = time.monotonic()
-    pictures = draw(pipe, ids, args, settings["steps"], steps)
+    if clip:
+        pictures = draw_best(pipe, clip, ids, args, records)
+    else:
+        pictures = draw(pipe, ids, args, settings["steps"], steps)
     files: dict[Path, Image | bytes] = {}
     if as_sheet:
-        files = {args.out: labelled_sheet(pipe, ids, list(pictures), args, settings)}
-        seconds = time.monotonic() - start
+        sheet = labelled_sheet(pipe, ids, list(pictures), args, settings)
+        files = {args.out: to_png(sheet, in_common(records))}
     else:
-        records = describe(pipe, ids, args, settings)
         write_folder(args.out, pictures, records)
-        seconds = time.monotonic() - start
+    seconds = time.monotonic() - start
     if args.trace:
         files |= trace_files(args.out, steps, pipe)
     if files:
@@ -99,6 +118,15 @@ def check_output(out: Path, as_sheet: bool) -> None:
         shared.check_writable(out / "metadata.json")
     if not as_sheet and out.is_file():
         raise UserError(f"--out {out} is a file: name a .png for a sheet, or another folder")
+
+
+def check_rerank(args: argparse.Namespace) -> None:
+    """Raise UserError for options that do not go together; fill in those that follow."""
+    if args.candidates and not args.rerank:
+        raise UserError("--candidates are for --rerank: give that too, such as --rerank clip")
+    if args.rerank and args.trace:
+        raise UserError("--trace shows images as they are drawn, --rerank keeps a few: take one")
+    args.candidates = args.candidates or CANDIDATES
 
 
 def chosen_classes(pipe: "Pipeline", classes: list[str] | None) -> list[int | None]:
@@ -147,6 +175,35 @@ def draw(
             yield from to_pictures(images)
 
 
+def load_clip(args: argparse.Namespace, pipe: "Pipeline") -> "ClipModel | None":
+    """The CLIP of --rerank."""
+    if not args.rerank:
+        return None
+    from maskgit.evaluation.clip_model import open_clip_model
+
+    return open_clip_model("emoji" if args.rerank == "clip" else args.rerank, pipe.device)
+
+
+def draw_best(
+    pipe: "Pipeline",
+    clip: "ClipModel",
+    ids: list[int | None],
+    args: argparse.Namespace,
+    records: list[dict[str, Any]],
+) -> "Iterator[Image]":
+    """The best candidates one after the other, whose seeds and choice are put into `records`."""
+    from maskgit.rerank import rerank
+    from maskgit.sheet import to_pictures
+
+    options = dict(seed=args.seed, batch_size=args.batch_size, **shared.sampling_settings(args))
+    with meter(len(ids), f"sampling the best of {args.candidates}", "images") as advance:
+        best = rerank(pipe, clip, ids, args.candidates, **options)
+        for kept, record in zip(best, records, strict=True):
+            record |= {"seed": kept.seed, "rerank": kept.record(clip, args.candidates)}
+            yield from to_pictures(kept.image[None])
+            advance()
+
+
 def name_of(pipe: "Pipeline", label: int | None) -> str:
     return "image" if label is None else pipe.labels[label]
 
@@ -165,6 +222,7 @@ def labelled_sheet(
         (name_of(pipe, ids[i]), pictures[i : i + args.num]) for i in range(0, len(ids), args.num)
     ]
     how = f"{settings['steps']} steps, guidance {settings['guidance']:g}, seed {args.seed}"
+    how += f", the best of {args.candidates} by CLIP" if args.rerank else ""
     return sheet(groups, f"{Path(args.model).name}: {how}")
 
 
@@ -189,14 +247,24 @@ def describe(
     return records
 
 
+def in_common(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The records of a sheet's images, what is the same for all of them once."""
+    common = {name: records[0][name] for name in ("settings", "model")}
+    own = [{k: v for k, v in record.items() if k not in ("file", *common)} for record in records]
+    return {**common, "images": own}
+
+
 def write_folder(folder: Path, pictures: "Iterable[Image]", records: list[dict[str, Any]]) -> None:
-    """Write the images and metadata.json: into a neighbour first, which then takes the name."""
+    """Write the images and metadata.json: into a neighbour first, which then takes the name. Each
+    record is written into its image as well."""
+    from maskgit.metadata import to_png
+
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".maskgit-", dir=folder.parent))
     try:
         for picture, record in zip(pictures, records, strict=True):
-            picture.save(scratch / record["file"])
+            (scratch / record["file"]).write_bytes(to_png(picture, record))
         write_json(scratch / "metadata.json", {"format_version": 1, "images": records})
         scratch.chmod(0o755)  # mkdtemp's are for their owner alone
         scratch.replace(folder)

@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-HELP = "train a tokenizer, a transformer or a classifier"
+HELP = "train a tokenizer, a transformer, a CLIP or a classifier"
 EXAMPLE = "maskgit train emoji_vqgan --smoke"
 
 # In the wheel the configs stand inside the package, in a checkout beside it.

@@ -6,6 +6,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+from maskgit.common.images import to_rgb
+
 # A random crop keeps at least this share of the sides of the largest box of the right aspect.
 MIN_SCALE = 0.8
 
@@ -31,24 +33,12 @@ def decode(content: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray
                 raise BadImage(f"oversized: {image.width}x{image.height} pixels")
             image.draft(None, (2 * max(size), 2 * max(size)))  # JPEG only
             image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
     except BadImage:
         raise
     except Exception as error:  # on damaged bytes, decoders raise nearly anything
         reason = " ".join(str(error).split("<")[0].split()) or type(error).__name__
         raise BadImage(reason) from None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey; floats in [0, 1]
-        scale = 255.0 if image.mode == "F" else 255 / 65535
-        grey = np.asarray(image, dtype=np.float64) * scale
-        image = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
-    return image.convert("RGB")
 
 
 def fit(

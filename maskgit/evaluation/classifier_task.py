@@ -1,6 +1,5 @@
 """What one training step of the classifier does: vary the images, name them, compare."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,43 +11,21 @@ from torchvision.utils import make_grid
 
 from maskgit.common import UserError
 from maskgit.common.folder import write_json
+from maskgit.common.vary import VaryConfig, vary
 from maskgit.evaluation.classifier import Classifier
 
 Batch = dict[str, Tensor]  # image uint8 (B, 3, H, W), label int64 (B,)
 
 
 @dataclass
-class ClassifierLossConfig:
-    """How the classifier is trained; each range is symmetric around "as it is"."""
+class ClassifierLossConfig(VaryConfig):
+    """How the classifier is trained."""
 
     label_smoothing: float = 0.1
-    turn: float = 10.0  # degrees that an image is turned at most
-    zoom: float = 0.2  # by exp(zoom) at most, smaller or larger
-    shift: float = 0.08  # of its side at most
-    gamma: float = 0.3  # a power exp(gamma) at most of each channel: black and white stay
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing={self.label_smoothing} is not from 0 to below 1")
-
-
-def vary(images: Tensor, config: ClassifierLossConfig) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], each turned, zoomed, shifted and coloured at random.
-
-    What comes into view continues the edge, which of drawings is their ground.
-    """
-    b = len(images)
-
-    def draw(shape: tuple[int, ...], limit: float) -> Tensor:
-        return (torch.rand(shape, device=images.device) * 2 - 1) * limit
-
-    angle, scale = draw((b,), math.radians(config.turn)), draw((b,), config.zoom).exp()
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    shift = draw((b, 2), 2 * config.shift)  # a side has length 2
-    theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1)
-    grid = F.affine_grid(theta.view(b, 2, 3), list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return images.clamp(1e-6, 1) ** draw((b, 3, 1, 1), config.gamma).exp()
 
 
 class ClassifierTask:

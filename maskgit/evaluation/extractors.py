@@ -4,9 +4,10 @@ import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from maskgit.common.progress import meter
 from maskgit.evaluation import cache
 from maskgit.evaluation.classifier import Classifier
 from maskgit.evaluation.inception import open_inception
+from maskgit.evaluation.protocol import clip_name
 from maskgit.evaluation.sets import PixelSet
 from maskgit.evaluation.statistics import Gaussian
 
@@ -32,7 +34,8 @@ class Extractor:
 
     Both are float32, on the extractor's device. `dim` is D, `logit_dim` K or None, `size` the side
     in pixels that the network brings images to (None: it takes them as they are), `classes` the
-    names of the K classes ([]: not known), `sha256` the hash of the weights.
+    names of the K classes ([]: not known), `sha256` the hash of the weights, `recipe` what else the
+    features depend on, where the weights alone do not say it.
     """
 
     def __init__(
@@ -44,7 +47,9 @@ class Extractor:
         size: int | None = None,
         classes: list[str] | None = None,
         tf32: bool = False,
+        recipe: dict[str, Any] | None = None,
     ) -> None:
+        self.recipe = recipe
         self.name, self.sha256, self.device = name, sha256, device
         self.size, self.classes, self.tf32 = size, classes or [], tf32
         self._network = network
@@ -54,13 +59,13 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        with _precision("tf32" if self.tf32 else "ieee"):
+        with precision("tf32" if self.tf32 else "ieee"):
             features, logits = self._network(images.to(self.device, non_blocking=True))
         return features.float(), None if logits is None else logits.float()
 
 
 @contextmanager
-def _precision(name: str) -> Iterator[None]:
+def precision(name: str) -> Iterator[None]:
     """How GPUs multiply float32 in the meantime: "ieee", or the rougher "tf32"."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = matmul.fp32_precision, conv.fp32_precision
@@ -75,7 +80,8 @@ def open_extractor(
     name: str, device: str | torch.device, weights: FilePath | None = None, tf32: bool = False
 ) -> Extractor:
     """The extractor "inception" or "emoji", a folder with a classifier of one's own (then called
-    "classifier"), or one that was registered in torch-fidelity.
+    "classifier"), "clip" (the bundled CLIP) or "clip:SOURCE" (any other), or one that was
+    registered in torch-fidelity.
 
     weights: the file of the Inception weights, where they are not in their usual place. Nothing is
     downloaded and nothing stands in for another: raises UserError when the weights are missing.
@@ -86,6 +92,9 @@ def open_extractor(
         return wrap_torch_fidelity(fe.to(device), name, sha256, device, tf32)
     if name == "emoji":
         return _open_classifier(name, ASSETS / "emoji", device, tf32)
+    kind, _, source = name.partition(":")
+    if kind == "clip":
+        return _open_clip(source or "emoji", device, tf32)
     if Path(name).expanduser().is_dir():
         return _open_classifier("classifier", Path(name).expanduser(), device, tf32)
     own = {  # without those that torch-fidelity brings, and downloads the weights of
@@ -93,7 +102,7 @@ def open_extractor(
         for key, cls in FEATURE_EXTRACTORS_REGISTRY.items()
         if not cls.__module__.startswith("torch_fidelity.")
     }
-    cls = pick({"inception": None, "emoji": None, **own}, name, "extractor")
+    cls = pick({"inception": None, "emoji": None, "clip": None, **own}, name, "extractor")
     fe = cls(name, _layers(cls), feature_extractor_weights_path=weights)
     return wrap_torch_fidelity(fe.to(device), name, _state_hash(fe), device, tf32)
 
@@ -141,6 +150,23 @@ def _open_classifier(name: str, folder: Path, device: torch.device, tf32: bool) 
     sha256 = file_hash(folder / "model.safetensors")
     classes = read_json(folder.parent / "labels.json")
     return Extractor(name, sha256, network, device, classifier.config.size, classes, tf32)
+
+
+def _open_clip(source: str, device: torch.device, tf32: bool) -> Extractor:
+    """Image features as projected, not of unit length (as clean-fid's CLIP-FID has them)."""
+    from maskgit.evaluation.clip_model import open_clip_model
+
+    clip = open_clip_model(source, device)
+    model, recipe = clip.model, clip.model.config
+
+    def network(images: Tensor) -> tuple[Tensor, None]:
+        pixels = model.preprocess(images.float() / 255)  # (B, 3, h, w)
+        return model.encode_image(pixels, normalize=False), None
+
+    name = clip_name(recipe.recipe)
+    h, w = recipe.image.size
+    size = h if h == w else None
+    return Extractor(name, clip.sha256, network, device, size, tf32=tf32, recipe=asdict(recipe))
 
 
 @dataclass
@@ -226,5 +252,6 @@ def _key(extractor: Extractor, images: PixelSet) -> str:
         extractor.tf32,
         images.hash,
         images.size,
+        extractor.recipe,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()

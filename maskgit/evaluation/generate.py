@@ -5,7 +5,6 @@ whole and then named, and what has its name is kept. So a run that was killed go
 number of processes makes the same set.
 """
 
-import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from maskgit.common.progress import meter
 from maskgit.engine.config import differences
 from maskgit.evaluation.protocol import apportion
 from maskgit.evaluation.sets import PixelSet
+from maskgit.metadata import to_png
 from maskgit.pipeline import Pipeline
 from maskgit.request import label_ids
 from maskgit.sheet import to_pictures
@@ -124,20 +124,16 @@ def draw(
                     "look at the model's weights, or try --dtype fp32"
                 )
             for i, picture in zip(rows, to_pictures(images), strict=True):
-                write_png(image_file(folder, i), picture)
+                label = labels[i]
+                name = None if label is None else pipe.labels[label]
+                record = {"class": name, "label": label, "seed": seed + i, "settings": settings}
+                write_whole(image_file(folder, i), to_png(picture, record, compress_level=1))
             advance(len(rows))
     return len(missing)
 
 
 def image_file(folder: Path, index: int) -> Path:
     return folder / f"{index:06}.png"
-
-
-def write_png(file: Path, picture: Any) -> None:
-    """A PNG that is there whole or not at all."""
-    content = io.BytesIO()
-    picture.save(content, "PNG", compress_level=1)
-    write_whole(file, content.getvalue())
 
 
 def check_complete(folder: Path, count: int) -> None:

@@ -13,6 +13,10 @@ from maskgit.common import UserError, pick
 from maskgit.evaluation.metrics import KID_SIZE
 
 INCEPTION_SHA256 = "6726825d"  # first digits, of the port that torch-fidelity publishes
+# Published CLIPs, by their recipes' names, and the numbers that other people make with them.
+CLIP_FID = "clip-ViT-B-32-openai"  # the extractor of clean-fid's
+CMMD = "clip-ViT-L-14-336-openai"  # of Jayasumana et al. 2024
+CLIPSCORE = "ViT-B-32/openai"  # the model of Hessel et al. 2021
 SPLITS = 10  # of the Inception Score
 LEAST_NEIGHBOURHOOD = 100  # images; fewer are no manifold to look for neighbours in
 
@@ -21,6 +25,7 @@ METRICS = {
     "fid-infinity": "the same, extrapolated to infinitely many images",
     "is": "Inception Score",
     "kid": "kernel distance to the reference",
+    "cmmd": "kernel distance to the reference on a CLIP's features of unit length",
     "pr": "precision and recall",
     "dc": "density and coverage",
     "accuracy": "share of images that the extractor's classifier puts into their class",
@@ -39,6 +44,7 @@ def least_images(metric: str, dim: int, classes: int | None) -> int:
         "fid-infinity": 2 * (dim + 1),
         "is": SPLITS * (classes or 0),
         "kid": KID_SIZE,
+        "cmmd": LEAST_NEIGHBOURHOOD,
         "pr": LEAST_NEIGHBOURHOOD,
         "dc": LEAST_NEIGHBOURHOOD,
     }.get(metric, 1)
@@ -79,13 +85,28 @@ def title(metric: str, extractor: str, count: int) -> str:
     inception = extractor == "inception"
     if metric == "fid" and inception:
         return "FID-50K" if count == 50_000 else f"FID ({count:,} images)"
+    if (metric, extractor) == ("fid", CLIP_FID):
+        return f"CLIP-FID ({count:,} images)"
+    if (metric, extractor) == ("cmmd", CMMD):
+        return f"CMMD ({count:,} images)"
     base = {
         "fid": "FD",
         "fid-infinity": "FID-infinity" if inception else "FD-infinity",
         "is": "Inception Score" if inception else "IS",
         "kid": "KID" if inception else "KD",
+        "cmmd": "CMMD",
     }.get(metric, metric)
     return base if inception else f"{base}-{extractor}"
+
+
+def clip_name(recipe: str) -> str:
+    """What a CLIP is called as an extractor, by its recipe's name ("" for one that has none)."""
+    return "-".join(["clip", *recipe.replace("/", " ").split()])
+
+
+def is_clip(extractor: str) -> bool:
+    """Whether `clip_name` gave an extractor its name."""
+    return extractor.split("-")[0] == "clip"
 
 
 def judge(result: dict[str, Any]) -> tuple[str | None, list[str]]:
@@ -94,6 +115,8 @@ def judge(result: dict[str, Any]) -> tuple[str | None, list[str]]:
     `result` is what `metrics.json` holds. A tokenizer's rFID is between reconstructions and the
     same crops of 50,000 images; which these are, the reader has to look up in `reference`.
     """
+    if result["command"] == "clip-score":
+        return _judge_clip_score(result)
     fake, real, extractor = result["images"], result["reference"], result["extractor"]
     reasons = []
     if fake["count"] != 50_000:
@@ -127,6 +150,22 @@ def judge(result: dict[str, Any]) -> tuple[str | None, list[str]]:
     return (None, reasons) if reasons else (f"adm-50k@{fake['size'][0]}", [])
 
 
+def _judge_clip_score(result: dict[str, Any]) -> tuple[str | None, list[str]]:
+    """The conditions of Hessel et al. 2021; the other conventions fix no model."""
+    reasons, model, how = [], result["extractor"]["name"], result["clip_score"]
+    if how["convention"] != "hessel":
+        reasons.append(f"convention {how['convention']}, which fixes no model, of {model}")
+    elif model != CLIPSCORE:
+        reasons.append(f"model {model} is not {CLIPSCORE}")
+    if how["texts"]["kind"] != "captions":
+        reasons.append(f"{how['texts']['kind']}, no captions")
+    if how["truncated"]:
+        reasons.append(f"{how['truncated']:,} texts cut")
+    if how["not_independent"]:
+        reasons.append(how["not_independent"])
+    return (None, reasons) if reasons else ("clipscore-hessel", [])
+
+
 def verdict(result: dict[str, Any]) -> str:
     """The line about comparability that stands under every table."""
     if result["protocol"]:
@@ -149,6 +188,10 @@ def apart(results: Sequence[dict[str, Any]]) -> list[str]:
         "images of each class": ("class_counts",),
         "dtype": ("dtype",),
         "TF32": ("extractor", "tf32"),
+        "recipe": ("extractor", "recipe"),
+        "convention": ("clip_score", "convention"),
+        "texts": ("clip_score", "texts"),
+        "CLIP": ("clip_score", "model", "sha256"),
     }
     lines = []
     for name, path in looked_at.items():

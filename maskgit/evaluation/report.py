@@ -70,9 +70,9 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def show(value: dict[str, Any]) -> str:
-    """A value as it stands in a table: 5 digits, its deviation behind it."""
-    text = f"{value['value']:.5g}"
-    return f"{text} ± {value['deviation']:.2g}" if "deviation" in value else text
+    """A value as it stands in a table: 5 digits, its deviation or standard error behind it."""
+    text, spread = f"{value['value']:.5g}", value.get("deviation", value.get("standard_error"))
+    return text if spread is None else f"{text} ± {spread:.2g}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from maskgit.common import UserError
 from maskgit.evaluation import metrics
 from maskgit.evaluation.extractors import Extractor, Features, cached_features
-from maskgit.evaluation.protocol import SPLITS, choose, title
+from maskgit.evaluation.protocol import SPLITS, choose, is_clip, title
 from maskgit.evaluation.sets import PixelSet, StatisticsFile
 from maskgit.evaluation.statistics import frechet, frechet_infinity
 
@@ -62,8 +62,10 @@ class Scorer:
         """The metrics for `count` images of `classes`, and why others are left out."""
         lacking = {}
         if self.images is None:
-            for name in ("kid", "pr", "dc", "nearest"):
+            for name in ("kid", "cmmd", "pr", "dc", "nearest"):
                 lacking[name] = "the reference has statistics alone, no images"
+        if not is_clip(self.extractor.name):
+            lacking["cmmd"] = "the extractor is no CLIP: take --extractor clip"
         if not self.extractor.logit_dim:
             lacking["is"] = "the extractor has no classes"
         if not classes or self.classifier.classes != list(classes):
@@ -133,7 +135,8 @@ def describe_set(images: PixelSet) -> dict[str, Any]:
 
 
 def describe_extractor(extractor: Extractor) -> dict[str, Any]:
-    return {"name": extractor.name, "sha256": extractor.sha256, "tf32": extractor.tf32}
+    about = {"name": extractor.name, "sha256": extractor.sha256, "tf32": extractor.tf32}
+    return about | ({"recipe": extractor.recipe} if extractor.recipe else {})
 
 
 def score(
@@ -181,6 +184,8 @@ def _compute(name: str, fake: Features, real: Reference, seed: int = 0) -> dict[
         mean, deviation = metrics.kid(fake.features, features, seed=seed)
         over = f"{metrics.KID_SUBSETS} subsets of {metrics.KID_SIZE:,}"
         return {name: {"value": mean, "deviation": deviation, "over": over}}
+    if name == "cmmd":
+        return {name: {"value": metrics.cmmd(fake.features, features)}}
     if name == "pr":
         pair = metrics.precision_recall(features, fake.features)
         return {part: {"value": v} for part, v in zip(("precision", "recall"), pair, strict=True)}

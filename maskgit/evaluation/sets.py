@@ -63,7 +63,7 @@ class PixelSet:
 
         Raises UserError for an image that cannot be used: without it the number would be another.
         """
-        return _ahead(self._readers(batch_size), self._threads)
+        return ahead(self._readers(batch_size), self._threads)
 
 
 @dataclass(eq=False)
@@ -117,7 +117,7 @@ class _Seen(NamedTuple):
 
 def _open_files(name: str, kind: str, source: Source, size: Size | None) -> PixelSet:
     items, looks = source.items, (partial(_look, item) for item in source.items)
-    seen = list(progress(_ahead(looks, THREADS), f"reading {name}", len(items), "images"))
+    seen = list(progress(ahead(looks, THREADS), f"reading {name}", len(items), "images"))
     first = seen[0].size
     for item, one in zip(items, seen, strict=True):
         if size is None and one.size != first:
@@ -146,7 +146,7 @@ def _open_files(name: str, kind: str, source: Source, size: Size | None) -> Pixe
 
 def _look(item: Item) -> _Seen:
     """What can be said of an image file without decoding it."""
-    content = _read(item)
+    content = read(item)
     try:
         with Image.open(io.BytesIO(content)) as image:
             size = image.height, image.width
@@ -157,7 +157,7 @@ def _look(item: Item) -> _Seen:
             jpeg = image.format in ("JPEG", "MPO")
     except Exception as error:  # on damaged bytes, decoders raise nearly anything
         reason = str(error).split("<")[0].strip() or type(error).__name__
-        raise _unusable(item, reason) from None
+        raise unusable(item, reason) from None
     return _Seen(hashlib.sha256(content).digest(), jpeg, size)
 
 
@@ -166,24 +166,24 @@ def _decode(items: list[Item], size: Size) -> Tensor:
     images = []
     for item in items:
         try:
-            images.append(fit(decode(_read(item), size, MAX_PIXELS), size))
+            images.append(fit(decode(read(item), size, MAX_PIXELS), size))
         except BadImage as error:
-            raise _unusable(item, str(error)) from None
+            raise unusable(item, str(error)) from None
     return to_tensor(np.stack(images))
 
 
-def _read(item: Item) -> bytes:
+def read(item: Item) -> bytes:
     if item.size == 0:
-        raise _unusable(item, "empty, or a sample without an image")
+        raise unusable(item, "empty, or a sample without an image")
     if item.size > 8 * MAX_PIXELS:  # 16 bits a channel, uncompressed
-        raise _unusable(item, f"oversized: {item.size} bytes")
+        raise unusable(item, f"oversized: {item.size} bytes")
     try:
         return item.read()
     except OSError as error:
-        raise _unusable(item, error.strerror or str(error)) from None
+        raise unusable(item, error.strerror or str(error)) from None
 
 
-def _unusable(item: Item, reason: str) -> UserError:
+def unusable(item: Item, reason: str) -> UserError:
     return UserError(f"{item.where} cannot be used ({reason}): mend it, or move it elsewhere")
 
 
@@ -230,7 +230,7 @@ def _open_array(name: str, path: Path, digest: str, labelled: bool, size: Size |
     )
 
 
-def _ahead(tasks: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
+def ahead(tasks: Iterable[Callable[[], T]], threads: int) -> Iterator[T]:
     """The results of `tasks`, in order; as many as there are threads are worked on in advance."""
     pending: deque[Future[T]] = deque()
     # Decoding silences warnings, and threads that overlap would leave them silent for good.

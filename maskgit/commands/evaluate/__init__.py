@@ -2,4 +2,5 @@
 
 HELP = "measure generators, images and tokenizers"
 EXAMPLE = "maskgit evaluate generator --reference emoji --extractor emoji --num 256"
-COMMANDS = ("generator", "images", "tokenizer", "sweep", "compare")  # each a module beside
+# Each a module beside, `clip-score` in clip_score.py.
+COMMANDS = ("generator", "images", "tokenizer", "clip", "clip-score", "sweep", "compare")

@@ -1,9 +1,13 @@
 """`maskgit evaluate generator`: sample a model and score what it makes, in one go."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from maskgit.commands import shared
 from maskgit.commands.evaluate import options
+
+if TYPE_CHECKING:
+    from maskgit.evaluation.clip_model import ClipModel
 
 HELP = "sample a model and score its images"
 EXAMPLE = "maskgit evaluate generator --reference emoji --extractor emoji --num 256 --out generator"
@@ -15,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_generator_options(parser)
     parser.add_argument("--runs", type=shared.at_least(1), default=1, help="that share no seed (1)")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz, as ADM has it")
+    parser.add_argument(
+        "--clip-score",
+        nargs="?",
+        const="emoji",
+        metavar="MODEL",
+        help="also score class prompts by this CLIP (emoji), as clip-score --labels does",
+    )
     shared.add_sampling_options(parser)
 
 
@@ -22,16 +33,18 @@ def run(args: argparse.Namespace) -> None:
     """Check all that will be needed, draw what is missing, score, and print the path."""
     from maskgit.common.progress import clock
     from maskgit.evaluation import generate, report, sheets
+    from maskgit.evaluation.clip_score import score_set
     from maskgit.evaluation.npz import write_npz
     from maskgit.evaluation.processes import Processes
     from maskgit.evaluation.protocol import class_counts
-    from maskgit.evaluation.score import score_sets
+    from maskgit.evaluation.score import over_runs, score_sets
     from maskgit.evaluation.sets import open_pixels
 
     processes = Processes()
     args.device = processes.device(args.device)
     ready = options.prepare(args, shared.sampling_settings(args), args.runs)
     pipe, scorer, extractor = ready.pipe, ready.scorer, ready.scorer.extractor
+    clip = open_clip(args.clip_score, ready) if args.clip_score else None
     runs = [args.out / "images" / f"run-{k}" for k in range(args.runs)]
     total, image = args.num * args.runs, 3 * pipe.image_size[0] * pipe.image_size[1]
     missing = total - sum(1 for folder in runs for _ in folder.glob("[!.]*.png"))
@@ -70,9 +83,26 @@ def run(args: argparse.Namespace) -> None:
         "averaged_weights": shared.averaged(args.model),
         **shared.computed_on(pipe),
     }
+    if clip:
+        names = [[pipe.labels[i] for i in one if i is not None] for one in ready.labels]
+        found = [score_set(clip, *pair) for pair in zip(sets, names, strict=True)]
+        result["metrics"] |= over_runs([metric for metric, _ in found])
+        result["clip_score"] = found[0][1]
     report.save_statistics(args.out / "statistics.npz", scorer.features(sets[0]).gaussian)
     sheets.save(args.out, sets[0], scorer)
     if args.npz:
         write_npz(args.out / "samples.npz", sets[0].batches(64), args.num, pipe.image_size)
     report.print_result(report.finish(args.out, result))
     print(args.out / "metrics.json")
+
+
+def open_clip(source: str, ready: options.Prepared) -> "ClipModel":
+    """The CLIP of --clip-score; UserError where the images have no classes to be scored against."""
+    from maskgit.common import UserError
+    from maskgit.evaluation.clip_model import open_clip_model
+
+    if any(label is None for labels in ready.labels for label in labels):
+        raise UserError("--clip-score: this model has no classes to make prompts of; leave it out")
+    clip = open_clip_model(source, ready.pipe.device)
+    options.say("clip", f"{clip.name}, sha256 {clip.sha256}")
+    return clip

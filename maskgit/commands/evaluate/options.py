@@ -34,7 +34,7 @@ def add_scoring_options(parser: argparse.ArgumentParser, sheets: str) -> None:
         "--metrics",
         metavar="NAME,...",
         type=lambda text: text.split(","),
-        help="fid, fid-infinity, is, kid, pr, dc, accuracy, nearest (all that the number allows)",
+        help="fid, fid-infinity, is, kid, cmmd, pr, dc, accuracy, nearest (all that can be had)",
     )
     add_out_option(parser, sheets)
 
@@ -49,7 +49,8 @@ def add_extractor_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--extractor",
         default="inception",
-        help="inception (default), emoji, or a folder that `maskgit train emoji_classifier` made",
+        help="inception (default), emoji, clip (the bundled ones), clip:MODEL, or a folder that "
+        "`maskgit train emoji_classifier` made",
     )
     parser.add_argument(
         "--extractor-weights", type=Path, metavar="FILE", help="where Inception weights are"

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         rows.append(
             run_cell(cell, pipe, ready.scorer, ready.names, labels, args.seed, args.out, own, size)
         )
-    named = [title(name, args.extractor, args.num) for name in ("fid", "recall")]
+    named = [title(name, ready.scorer.extractor.name, args.num) for name in ("fid", "recall")]
     columns = list(rows[0])
     report.table(columns, [[show(row[name]) for name in columns] for row in rows])
     write_csv(args.out / "sweep.csv", rows)

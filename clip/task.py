@@ -1,0 +1,218 @@
+"""What one training step of CLIP does: features of both sides, compared over the whole batch."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.utils import make_grid
+
+from clip.losses import info_nce, sigmoid_loss, world
+from clip.model import CLIP
+from clip.preprocess import normalize, scale_tensor
+from clip.zero_shot import class_weights, retrieval
+from maskgit.common import UserError, pick
+from maskgit.common.folder import write_json
+from maskgit.common.vary import VaryConfig, vary
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+# image uint8 (B, 3, H, W), text int64 (B, L), index int64 (B,) of the image, caption int64 (B,) of
+# the text (equal where texts are), captions int64 (B, M) of all texts that the image has, filled up
+# with -1, label int64 (B,), -1 for none
+
+STUCK = 0.05  # nats below ln(batch): a loss no further from it has learnt nothing
+PATIENCE = 500  # steps for which it may stay there
+
+
+@dataclass
+class CLIPLossConfig(VaryConfig):
+    """How a CLIP is trained; which loss it is belongs to the model's recipe."""
+
+    positives: str = "pair"  # pair, caption (all that an image has), or class
+    weight: float = 0.5  # of image -> text, against text -> image (ConVIRT)
+    smoothing: float = 0.0  # of the targets (ALIGN)
+    locked: str | None = None  # image or text: that tower stays as it starts (LiT)
+    micro_batch: int | None = None  # images or texts in memory at a time (GradCache)
+    varied: bool = True  # whether images are turned, zoomed, shifted and coloured
+
+    def __post_init__(self) -> None:
+        pick({"pair": 0, "caption": 0, "class": 0}, self.positives, "loss.positives")
+        if self.locked is not None:
+            pick({"image": 0, "text": 0}, self.locked, "loss.locked")
+        if not 0 <= self.weight <= 1 or not 0 <= self.smoothing < 1:
+            raise UserError(
+                f"loss.weight={self.weight} is a share, loss.smoothing={self.smoothing} one below 1"
+            )
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise UserError(f"loss.micro_batch={self.micro_batch} must be 1 or more, or null")
+        if self.locked == "image" and self.varied:
+            raise UserError(
+                "loss.locked=image computes the features of each image once: they cannot be varied "
+                "(loss.varied=false)"
+            )
+
+
+class CLIPTask:
+    """Trains a CLIP; device, optimizer and averaged weights are the engine's."""
+
+    def __init__(self, model: CLIP, config: CLIPLossConfig, classes: Sequence[str]) -> None:
+        """classes: names of the images' classes ([]: none), for zero-shot while training; they are
+        exported beside the weights. Raises UserError for a loss that the model cannot have."""
+        self.config, self.classes = config, list(classes)
+        sigmoid = model.config.loss == "sigmoid"
+        if sigmoid and (config.weight != 0.5 or config.smoothing):
+            raise UserError(
+                "loss.weight and loss.smoothing are InfoNCE's, not for model.loss=sigmoid"
+            )
+        if config.positives == "class" and not classes:
+            raise UserError("loss.positives=class needs images of classes")
+        batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        if config.micro_batch and batch_norm:
+            raise UserError(
+                "loss.micro_batch would change what BatchNorm computes: take a tower without it, "
+                "or loss.micro_batch=null"
+            )
+        if config.locked:
+            tower = model.visual if config.locked == "image" else model.text
+            tower.requires_grad_(False)
+        self.parts: dict[str, nn.Module] = {"clip": model}
+        self.units = {"images": 1}
+        self.kept: dict[int, Tensor] = {}  # features of the locked tower, by image or caption
+        self.near = 0  # steps in a row whose loss stayed near ln(batch)
+
+    def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """The one update of a step, and after it the scale brought back into its bounds."""
+        model = self.parts["clip"]
+        assert isinstance(model, CLIP)
+        image, text = self.features(model, batch)
+        loss = self.loss(model, image, text, batch)
+        pairs = world() * len(image)
+        start = math.log(pairs)  # what InfoNCE is where nothing is told apart
+        logs = {"loss": loss.detach(), "scale": model.logit_scale.detach().exp()}
+        if model.config.loss == "infonce":
+            logs["loss_above_chance"] = loss.detach() - start
+            self.watch(loss.detach() - start, start, step)
+        else:
+            logs["bias"] = model.logit_bias.detach()
+        hits = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
+        logs["top1"] = hits.float().mean()  # of this process's images, their own text first
+        yield "clip", loss, logs
+        if model.config.max_scale is not None:
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(model.config.max_scale))
+
+    def features(self, model: CLIP, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of images and texts, (B, E) each. With `micro_batch` only the features are kept, and the
+        towers run again, with the same random numbers, when gradients are asked for: one batch at
+        a time (GradCache, Gao et al. 2021; here as checkpoints around each micro-batch)."""
+        pixels = batch["image"].float() / 255
+        if self.config.varied and model.training:
+            pixels = vary(pixels, self.config)
+        pixels = normalize(scale_tensor(pixels, model.config), model.config)
+        sides = {"image": (pixels, batch["index"]), "text": (batch["text"], batch["caption"])}
+        if self.config.locked:
+            locked = sides.pop(self.config.locked)
+            kept = self.locked_features(model, *locked)
+            (side, (inputs, _)), *_ = sides.items()
+            found = self.in_parts(partial(encode, model, side), inputs)
+            return (kept, found) if side == "text" else (found, kept)
+        if self.config.micro_batch is None:
+            return model(pixels, batch["text"])
+        image, text = (self.in_parts(partial(encode, model, k), v[0]) for k, v in sides.items())
+        return image, text
+
+    def in_parts(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """(B, ...) -> features (B, E), one micro-batch after the other, without their graphs."""
+        if self.config.micro_batch is None:
+            return function(inputs)
+        parts = inputs.split(self.config.micro_batch)
+        return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts])
+
+    @torch.no_grad()
+    def locked_features(self, model: CLIP, inputs: Tensor, ids: Tensor) -> Tensor:
+        """Of the tower that is locked: (B, ...), ids (B,) -> (B, E), computed once for each id."""
+        missing = [i for i, key in enumerate(ids.tolist()) if key not in self.kept]
+        if missing:
+            side = str(self.config.locked)
+            tower = model.visual if side == "image" else model.text
+            tower.eval()  # no dropout in what is computed once
+            found = encode(model, side, inputs[missing]).cpu()
+            self.kept.update(zip(ids[missing].tolist(), found, strict=True))
+        return torch.stack([self.kept[key] for key in ids.tolist()]).to(inputs.device)
+
+    def loss(self, model: CLIP, image: Tensor, text: Tensor, batch: Batch) -> Tensor:
+        """The recipe's loss of a batch of features."""
+        label, scale = batch["label"], model.logit_scale.exp()
+        keys = {
+            "pair": None,
+            "caption": (batch["captions"], batch["caption"]),
+            "class": (label[:, None], label),
+        }[self.config.positives]
+        if model.config.loss == "sigmoid":
+            return sigmoid_loss(image, text, scale, model.logit_bias, keys)
+        return info_nce(image, text, scale, keys, self.config.weight, self.config.smoothing)
+
+    def watch(self, above: Tensor, start: float, step: int) -> None:
+        """Warn, once, of a loss that stays where it started."""
+        self.near = self.near + 1 if float(above) > -STUCK else 0
+        if self.near == PATIENCE:
+            log.warning(
+                "the loss has stayed near ln(batch) = %.2f for %d steps, up to step %d: nothing is "
+                "told apart; check that captions belong to their images, and lower train.lr",
+                start,
+                PATIENCE,
+                step,
+            )
+
+    @torch.no_grad()
+    def validate(self, model: CLIP, batches: Iterable[Batch]) -> dict[str, float]:
+        """Over the whole set, each image with one text of its own: loss (nats, pairs of a batch
+        alone), recall@10 of texts for an image and of images for a text and, where there are
+        classes, zero-shot top-1 by their bare names."""
+        found = [(*self.features(model, batch), batch) for batch in batches]
+        if not found:
+            raise UserError("there is no image to validate on")
+        losses = [self.loss(model, *one) for one in found if len(one[0]) > 1]
+        image, text = (torch.cat([one[side] for one in found]) for side in (0, 1))
+        scores = {"loss": float(torch.stack(losses).mean())} if losses else {}
+        scores |= retrieval(image, text, torch.arange(len(image)), at=(10,))
+        if self.classes:
+            labels = torch.cat([batch["label"] for *_, batch in found])
+            weights = class_weights(model, [plain(name) for name in self.classes], ["{}"])
+            scores["zero_shot_top1"] = float(
+                ((image @ weights.T).argmax(1) == labels).float().mean()
+            )
+        return scores
+
+    @torch.no_grad()
+    def draw(self, model: CLIP, batch: Batch) -> Tensor:
+        """One row for each of the batch's first texts: its image, and the 7 that fit it best."""
+        image, text = self.features(model, batch)
+        best = (text[:8] @ image.T).topk(min(7, len(image))).indices  # (8, 7)
+        own = torch.arange(len(best), device=best.device)[:, None]
+        rows = torch.cat([own, best], 1)
+        return make_grid(batch["image"][rows.flatten()].float() / 255, rows.shape[1], pad_value=1.0)
+
+    def export(self, model: CLIP, folder: Path) -> None:
+        """Write the (averaged) model as the `clip` of a model folder, and the classes if any."""
+        model.save_pretrained(folder / "clip")
+        if self.classes:
+            write_json(folder / "labels.json", self.classes)
+
+
+def encode(model: CLIP, side: str, inputs: Tensor) -> Tensor:
+    """Unit-length features of one side, by the model's own `forward`."""
+    image, text = model(inputs, None) if side == "image" else model(None, inputs)
+    return image if side == "image" else text
+
+
+def plain(name: str) -> str:
+    """A class name as a text: "cat-face" is "cat face"."""
+    return name.replace("-", " ").replace("_", " ")

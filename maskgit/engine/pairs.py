@@ -1,0 +1,63 @@
+"""Batches of images, each with one of its captions."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import count
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskgit.engine.captions import captions_of
+from maskgit.engine.data import ImageSet
+
+Batch = dict[str, Tensor]
+
+
+class Pairs:
+    """The captions of a set of images, which add to its batches `text` (B, L), the ids of one
+    caption of each image, `caption` (B,), a number that is the same where the captions are, and
+    `captions` (B, M), the numbers of all that the image has, filled up with -1."""
+
+    def __init__(
+        self, images: ImageSet, table: str | None, tokenize: Callable[[Sequence[str]], Tensor]
+    ) -> None:
+        """table: see `captions_of`. tokenize: texts -> ids (B, L) int64."""
+        self.captions = captions_of(images.items, table)
+        self.most = max(len(own) for own in self.captions)  # M
+        self.tokenize = tokenize
+
+    def drawn(self, batches: Iterable[Batch], seed: int, step: int) -> Iterator[Batch]:
+        """For training, batches of `step` and after: of several captions one at random, which is a
+        function of (seed, step, place in the batch)."""
+        for number, batch in zip(count(step), batches, strict=False):
+            draws = np.random.default_rng([seed, number]).random(len(batch["index"]))
+            yield self.join(batch, draws.tolist())
+
+    def first(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """For validation: always the first caption."""
+        for batch in batches:
+            yield self.join(batch, [0.0] * len(batch["index"]))
+
+    def join(self, batch: Batch, draws: Sequence[float]) -> Batch:
+        """draws: for each image a number in [0, 1), which picks one of its captions."""
+        several = [self.captions[index] for index in batch["index"].tolist()]
+        texts = [own[int(draw * len(own))] for own, draw in zip(several, draws, strict=True)]
+        rows = [[*map(number, own)] + [-1] * (self.most - len(own)) for own in several]
+        return batch | {
+            "text": self.tokenize(texts),  # (B, L)
+            "caption": torch.tensor([number(text) for text in texts]),
+            "captions": torch.tensor(rows),  # (B, M)
+        }
+
+    def describe(self) -> str:
+        total = sum(len(own) for own in self.captions)
+        distinct = len({text for own in self.captions for text in own})
+        return f"{total:,} captions, {distinct:,} of them distinct"
+
+
+@lru_cache(2**16)
+def number(text: str) -> int:
+    """A hash of a text, from 0 to below 2^56."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
