@@ -10,7 +10,7 @@ Shapes: B images or texts, N patches, L text positions, D width, E width of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,97 +19,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from clip.config import CLIPConfig, ImageConfig, TextConfig
+from clip.config import CLIPConfig, ImageConfig
 from clip.preprocess import preprocess
 from clip.tokenizer import Tokenizer
+from clip.transformer import MLP, Transformer
 from maskgit.common import UserError
 from maskgit.common.folder import save_module
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x): near GELU, but up to 0.02 away, which the features show."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {
-    "gelu": nn.GELU,
-    "quick_gelu": QuickGELU,
-    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
-}
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, with the parameters of torch's MultiheadAttention."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3 D)
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, N, d)
-        return self.out_proj(rearrange(x, "b h n d -> b n (h d)"))
-
-
-class MLP(nn.Module):
-    def __init__(self, width: int, hidden: int, activation: str) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(width, hidden)
-        self.activation = ACTIVATIONS[activation]()
-        self.c_proj = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each added to what comes in, with a norm in front."""
-
-    def __init__(
-        self, width: int, heads: int, hidden: int, activation: str, eps: float, dropout: float
-    ) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(width, eps)
-        self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width, eps)
-        self.mlp = MLP(width, hidden, activation)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln_1(x), causal))
-        return x + self.dropout(self.mlp(self.ln_2(x)))
-
-
-class Transformer(nn.Module):
-    def __init__(
-        self, config: ImageConfig | TextConfig, dropout: float, causal: bool = False
-    ) -> None:
-        super().__init__()
-        width, hidden = config.width, config.hidden or 4 * config.width
-        self.causal = causal
-        self.resblocks = nn.ModuleList(
-            Block(width, config.heads, hidden, config.activation, config.eps, dropout)
-            for _ in range(config.depth)
-        )
-        for block in self.resblocks:  # deviations as in OpenAI's release
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=(2 * width * config.depth) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=(2 * width * config.depth) ** -0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.resblocks:
-            x = block(x, self.causal)
-        return x
 
 
 class AttentionPool(nn.Module):
@@ -184,11 +102,10 @@ class VisionTransformer(nn.Module):
         own = self.config.grid
         if tuple(grid) == own:
             return self.positional_embedding
-        table = self.positional_embedding
-        first, table = table[: len(table) - own[0] * own[1]], table[-own[0] * own[1] :]
-        table = rearrange(table, "(h w) d -> 1 d h w", h=own[0])
-        table = F.interpolate(table, tuple(grid), mode="bicubic", antialias=True)
-        return torch.cat([first, rearrange(table, "1 d h w -> (h w) d")])
+        first, rows = self.positional_embedding.tensor_split([-own[0] * own[1]])
+        rows = rearrange(rows, "(h w) d -> 1 d h w", h=own[0])
+        rows = F.interpolate(rows, tuple(grid), mode="bicubic", antialias=True)
+        return torch.cat([first, rearrange(rows, "1 d h w -> (h w) d")])
 
     def drop_patches(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N', D): in training, a share of each image's patches is left out."""
@@ -250,8 +167,9 @@ class CLIP(nn.Module):
         self.visual = image_tower(config)
         self.text = TextTransformer(config)
         self.logit_scale = nn.Parameter(torch.tensor(config.log_scale))  # the logarithm
-        bias = nn.Parameter(torch.tensor(config.bias)) if config.loss == "sigmoid" else None
-        self.register_parameter("logit_bias", bias)
+        self.logit_bias: nn.Parameter | None = None
+        if config.loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor(config.bias))
 
     def forward(self, pixels: Tensor | None, ids: Tensor | None) -> tuple[Any, Any]:
         """Unit-length features (B, E) of images and of texts; None of what is None."""
@@ -282,8 +200,8 @@ class CLIP(nn.Module):
         merges, context = self.config.text.merges, self.config.text.context
         if merges is None:
             raise UserError(
-                f"this model {self.config.recipe} was trained with another tokenizer: tokenize with "
-                "that one and give the ids to encode_text"
+                f"this model {self.config.recipe} was trained with another tokenizer: give the ids "
+                "that it makes to encode_text"
             )
         return Tokenizer(merges, context)
 

@@ -82,16 +82,12 @@ class ModifiedResNet(nn.Module):
         self.bn2 = nn.BatchNorm2d(width // 2)
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
-        inputs = width
-        for level, blocks in enumerate(config.blocks):
-            inner = width * 2**level
-            layer = nn.Sequential()
-            for i in range(blocks):
-                layer.append(Bottleneck(inputs, inner, 2 if level and i == 0 else 1))
-                inputs = 4 * inner
-            setattr(self, f"layer{level + 1}", layer)
+        widths = [width * 2**level for level in range(4)]
+        inputs = [width, *(4 * w for w in widths)]
+        levels = [_level(inputs[i], widths[i], config.blocks[i], 2 if i else 1) for i in range(4)]
+        self.layer1, self.layer2, self.layer3, self.layer4 = levels
         positions = config.grid[0] * config.grid[1]
-        self.attnpool = AttentionPool2d(positions, inputs, config.heads, embed)
+        self.attnpool = AttentionPool2d(positions, inputs[4], config.heads, embed)
         for name, parameter in self.named_parameters():
             if name.endswith("bn3.weight") and name.startswith("layer"):
                 nn.init.zeros_(parameter)  # each block begins as its shortcut
@@ -110,3 +106,9 @@ class ModifiedResNet(nn.Module):
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
         return self.attnpool(x)
+
+
+def _level(inputs: int, width: int, blocks: int, stride: int) -> nn.Sequential:
+    """Bottlenecks of one width, of which the first may halve the image."""
+    first = Bottleneck(inputs, width, stride)
+    return nn.Sequential(first, *(Bottleneck(4 * width, width, 1) for _ in range(blocks - 1)))

@@ -82,6 +82,7 @@ class CLIPTask:
         if config.locked:
             tower = model.visual if config.locked == "image" else model.text
             tower.requires_grad_(False)
+        self.model = model
         self.parts: dict[str, nn.Module] = {"clip": model}
         self.units = {"images": 1}
         self.kept: dict[int, Tensor] = {}  # features of the locked tower, by image or caption
@@ -89,18 +90,17 @@ class CLIPTask:
 
     def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """The one update of a step, and after it the scale brought back into its bounds."""
-        model = self.parts["clip"]
-        assert isinstance(model, CLIP)
+        model = self.model
         image, text = self.features(model, batch)
         loss = self.loss(model, image, text, batch)
         pairs = world() * len(image)
         start = math.log(pairs)  # what InfoNCE is where nothing is told apart
         logs = {"loss": loss.detach(), "scale": model.logit_scale.detach().exp()}
-        if model.config.loss == "infonce":
+        if model.logit_bias is not None:
+            logs["bias"] = model.logit_bias.detach()
+        else:
             logs["loss_above_chance"] = loss.detach() - start
             self.watch(loss.detach() - start, start, step)
-        else:
-            logs["bias"] = model.logit_bias.detach()
         hits = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
         logs["top1"] = hits.float().mean()  # of this process's images, their own text first
         yield "clip", loss, logs
@@ -117,7 +117,7 @@ class CLIPTask:
             pixels = vary(pixels, self.config)
         pixels = normalize(scale_tensor(pixels, model.config), model.config)
         sides = {"image": (pixels, batch["index"]), "text": (batch["text"], batch["caption"])}
-        if self.config.locked:
+        if self.config.locked and model.training:
             locked = sides.pop(self.config.locked)
             kept = self.locked_features(model, *locked)
             (side, (inputs, _)), *_ = sides.items()
@@ -155,7 +155,7 @@ class CLIPTask:
             "caption": (batch["captions"], batch["caption"]),
             "class": (label[:, None], label),
         }[self.config.positives]
-        if model.config.loss == "sigmoid":
+        if model.logit_bias is not None:
             return sigmoid_loss(image, text, scale, model.logit_bias, keys)
         return info_nce(image, text, scale, keys, self.config.weight, self.config.smoothing)
 
@@ -176,18 +176,23 @@ class CLIPTask:
         """Over the whole set, each image with one text of its own: loss (nats, pairs of a batch
         alone), recall@10 of texts for an image and of images for a text and, where there are
         classes, zero-shot top-1 by their bare names."""
-        found = [(*self.features(model, batch), batch) for batch in batches]
-        if not found:
+        images, texts, labels, losses = [], [], [], []
+        for batch in batches:
+            image, text = self.features(model, batch)
+            images.append(image)
+            texts.append(text)
+            labels.append(batch["label"])
+            if len(image) > 1:
+                losses.append(self.loss(model, image, text, batch))
+        if not images:
             raise UserError("there is no image to validate on")
-        losses = [self.loss(model, *one) for one in found if len(one[0]) > 1]
-        image, text = (torch.cat([one[side] for one in found]) for side in (0, 1))
+        image, text = torch.cat(images), torch.cat(texts)
         scores = {"loss": float(torch.stack(losses).mean())} if losses else {}
         scores |= retrieval(image, text, torch.arange(len(image)), at=(10,))
         if self.classes:
-            labels = torch.cat([batch["label"] for *_, batch in found])
             weights = class_weights(model, [plain(name) for name in self.classes], ["{}"])
             scores["zero_shot_top1"] = float(
-                ((image @ weights.T).argmax(1) == labels).float().mean()
+                ((image @ weights.T).argmax(1) == torch.cat(labels)).float().mean()
             )
         return scores
 

@@ -84,6 +84,19 @@ def test_locked_features_are_those_of_the_tower():
     assert torch.allclose(text[1:3], expected)
 
 
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_what_is_kept_of_training_plays_no_part_in_validation(side):
+    """Another set has the same numbers for other images."""
+    model = tiny()
+    task = CLIPTask(model.train(), CLIPLossConfig(locked=side, varied=False), [])
+    task.features(model, tiny_batch())
+    other = tiny_batch()
+    other["image"], other["text"] = other["image"].flip(0), other["text"].flip(0)
+    model.eval()
+    fresh = CLIPTask(model, STILL, []).validate(model, [other])
+    assert task.validate(model, [other]) == fresh
+
+
 @pytest.mark.parametrize(
     "settings, parts",
     [
