@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clip.texts import Texts, count_cut, encode_texts, several
 from maskgit.common import UserError, pick
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from clip.model import CLIP
 
-TEXTS = 256  # encoded at once
 WIDTH_95 = 1.96  # standard errors from the mean to the end of a 95 % interval
 
 
@@ -92,13 +92,14 @@ def summarise(scores: Tensor) -> dict[str, Any]:
 def score_images(
     model: CLIP,
     images: Iterable[Sequence[Image] | Tensor],
-    texts: Sequence[str],
+    texts: Sequence[Texts],
     convention: str = "hessel",
 ) -> tuple[Tensor, int]:
     """The score (N,) of each image with its text, and how many texts were cut (see `count_cut`).
 
     images: batches of PIL images or of floats (B, 3, H, W) in [0, 1], N in all, in the order of
-    `texts`. Raises UserError for other numbers of the two and for an empty text.
+    `texts`; of several texts for one image their mean feature counts (see `encode_texts`). Raises
+    UserError for other numbers of the two and for an empty text.
     """
     full = texts_for(texts, convention)
     text = encode_texts(model, full)
@@ -108,21 +109,14 @@ def score_images(
     return clip_score(image, text, convention), count_cut(model, full)
 
 
-def texts_for(texts: Sequence[str], convention: str) -> list[str]:
+def texts_for(texts: Sequence[Texts], convention: str) -> list[list[str]]:
     """The texts as the convention has them, its prefix in front. UserError for an empty one."""
     prefix = pick(CONVENTIONS, convention, "CLIP-score convention").prefix
-    for i, text in enumerate(texts):
-        if not text.strip():
+    each = [several(own) for own in texts]
+    for i, own in enumerate(each):
+        if not all(text.strip() for text in own):
             raise UserError(f"text {i} is empty: there is nothing to score an image against")
-    return [prefix + text.strip() for text in texts]
-
-
-def class_prompts(names: Sequence[str], template: str = "{}") -> list[str]:
-    """What to compare images of classes with: the template with each name in place of its braces,
-    hyphens as spaces. Raises UserError for a template without braces."""
-    if "{}" not in template:
-        raise UserError(f"template {template!r} has no {{}} for the class's name: add it")
-    return [template.replace("{}", name.replace("-", " ")) for name in names]
+    return [[prefix + text.strip() for text in own] for own in each]
 
 
 @torch.no_grad()
@@ -132,23 +126,6 @@ def encode_images(model: CLIP, images: Iterable[Sequence[Image] | Tensor]) -> Te
     if not found:
         raise UserError("there are no images to score")
     return torch.cat(found)
-
-
-@torch.no_grad()
-def encode_texts(model: CLIP, texts: Sequence[str]) -> Tensor:
-    """Unit-length features (N, E) on the CPU; a text that occurs often is encoded once."""
-    unique = list(dict.fromkeys(texts))
-    if not unique:
-        raise UserError("there are no texts to score images against")
-    parts = [unique[i : i + TEXTS] for i in range(0, len(unique), TEXTS)]
-    found = torch.cat([model.encode_text(model.tokenize(part)).cpu() for part in parts])
-    row = {text: i for i, text in enumerate(unique)}
-    return found[torch.tensor([row[text] for text in texts])]
-
-
-def count_cut(model: CLIP, texts: Sequence[str]) -> int:
-    """How many of the texts are longer than the model's context, so that their ends are cut off."""
-    return sum(model.tokenizer.too_long(list(texts)))
 
 
 def _cosines(x: Tensor, y: Tensor) -> Tensor:

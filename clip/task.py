@@ -15,6 +15,7 @@ from torchvision.utils import make_grid
 from clip.losses import info_nce, sigmoid_loss, world
 from clip.model import CLIP
 from clip.preprocess import normalize, scale_tensor
+from clip.texts import Texts, spoken
 from clip.zero_shot import class_weights, retrieval
 from maskgit.common import UserError, pick
 from maskgit.common.folder import write_json
@@ -62,10 +63,18 @@ class CLIPLossConfig(VaryConfig):
 class CLIPTask:
     """Trains a CLIP; device, optimizer and averaged weights are the engine's."""
 
-    def __init__(self, model: CLIP, config: CLIPLossConfig, classes: Sequence[str]) -> None:
-        """classes: names of the images' classes ([]: none), for zero-shot while training; they are
-        exported beside the weights. Raises UserError for a loss that the model cannot have."""
+    def __init__(
+        self,
+        model: CLIP,
+        config: CLIPLossConfig,
+        classes: Sequence[str] = (),
+        prompts: Sequence[Texts] | None = None,
+    ) -> None:
+        """classes: names of the images' classes, if any, which are exported beside the weights.
+        prompts: what each is called in texts, if not by its name, for zero-shot while training.
+        Raises UserError for a loss that the model cannot have."""
         self.config, self.classes = config, list(classes)
+        self.prompts = prompts or [spoken(name) for name in classes]
         sigmoid = model.config.loss == "sigmoid"
         if sigmoid and (config.weight != 0.5 or config.smoothing):
             raise UserError(
@@ -175,7 +184,7 @@ class CLIPTask:
     def validate(self, model: CLIP, batches: Iterable[Batch]) -> dict[str, float]:
         """Over the whole set, each image with one text of its own: loss (nats, pairs of a batch
         alone), recall@10 of texts for an image and of images for a text and, where there are
-        classes, zero-shot top-1 by their bare names."""
+        classes, zero-shot top-1."""
         images, texts, labels, losses = [], [], [], []
         for batch in batches:
             image, text = self.features(model, batch)
@@ -190,7 +199,7 @@ class CLIPTask:
         scores = {"loss": float(torch.stack(losses).mean())} if losses else {}
         scores |= retrieval(image, text, torch.arange(len(image)), at=(10,))
         if self.classes:
-            weights = class_weights(model, [plain(name) for name in self.classes], ["{}"])
+            weights = class_weights(model, self.prompts)
             scores["zero_shot_top1"] = float(
                 ((image @ weights.T).argmax(1) == torch.cat(labels)).float().mean()
             )
@@ -216,8 +225,3 @@ def encode(model: CLIP, side: str, inputs: Tensor) -> Tensor:
     """Unit-length features of one side, by the model's own `forward`."""
     image, text = model(inputs, None) if side == "image" else model(None, inputs)
     return image if side == "image" else text
-
-
-def plain(name: str) -> str:
-    """A class name as a text: "cat-face" is "cat face"."""
-    return name.replace("-", " ").replace("_", " ")

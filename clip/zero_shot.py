@@ -17,16 +17,15 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from clip.texts import AT_ONCE, Texts, check_templates, class_prompts, encode_texts
 from maskgit.common import UserError, pick
 
 if TYPE_CHECKING:
     from clip.model import CLIP
 
 TIE = 1e-6  # cosines closer than this count as equal: fp32 rounds sums of products by about as much
-TEXTS = 256  # encoded at a time
 BLOCK = 4096  # rows and columns of the cosines in memory at a time
 
 
@@ -50,35 +49,18 @@ def published(recipe: str, classes: Sequence[str]) -> float | None:
     return top1 / 100 if top1 and list(classes) == imagenet()["names"] else None
 
 
-def check_templates(templates: Sequence[str], where: str = "templates") -> None:
-    """Raise UserError unless there are some, each with one place {} for the name."""
-    if not templates:
-        raise UserError(f"{where}: no template; give one a line, such as 'a photo of a {{}}.'")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise UserError(
-                f"{where}: template {template!r} needs {{}} once, where the class name goes"
-            )
-
-
-@torch.no_grad()
-def class_weights(model: CLIP, names: Iterable[str], templates: Sequence[str] = ("{}",)) -> Tensor:
-    """(K, E) of unit length, on the model's device: for each class the mean of the unit-length
-    features of its name in all templates, scaled to unit length again (Radford et al. 2021,
-    section 3.1.4). Raises UserError for a template without {}."""
+def class_weights(
+    model: CLIP, names: Iterable[Texts], templates: Sequence[str] = ("{}",)
+) -> Tensor:
+    """(K, E) of unit length, on the model's device: of each class the mean feature of its name, or
+    its names, in all templates (see `encode_texts`). Raises UserError for a template without {}."""
     check_templates(templates)
     rest, rows = iter(names), []
-    while chunk := list(islice(rest, max(1, TEXTS // len(templates)))):
-        texts = [template.replace("{}", name) for name in chunk for template in templates]
-        parts = [
-            model.encode_text(model.tokenize(texts[i : i + TEXTS]))
-            for i in range(0, len(texts), TEXTS)
-        ]
-        features = torch.cat(parts).unflatten(0, (len(chunk), len(templates)))  # (k, T, E)
-        rows.append(F.normalize(features.mean(1), dim=-1))
+    while chunk := list(islice(rest, max(1, AT_ONCE // len(templates)))):
+        rows.append(encode_texts(model, class_prompts(chunk, templates)))
     if not rows:
         raise UserError("there are no classes to choose from")
-    return torch.cat(rows)
+    return torch.cat(rows).to(model.device)
 
 
 @dataclass

@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from clip.score import class_prompts, clip_score, encode_images, encode_texts
+from clip.score import clip_score, encode_images
+from clip.texts import Texts, encode_texts
 from maskgit.common import UserError
 from maskgit.evaluation.clip_model import ClipModel
 from maskgit.evaluation.extractors import precision
+from maskgit.evaluation.prompts import class_texts
 from maskgit.pipeline import Pipeline
 
 
@@ -23,8 +25,8 @@ class Kept:
 
     image: Tensor  # (3, H, W) in [0, 1]
     seed: int  # its own
-    score: float  # cosine between it and its prompt
-    prompt: str
+    score: float  # cosine between it and its prompts' mean feature
+    prompt: Texts  # what its class is called
 
     def record(self, clip: ClipModel, candidates: int) -> dict[str, Any]:
         """What the image's metadata say of how it was chosen."""
@@ -53,7 +55,8 @@ def rerank(
     """
     if any(label is None for label in labels):
         raise UserError("images of no class have nothing to be reranked by: leave --rerank out")
-    prompts = class_prompts([pipe.labels[label] for label in labels if label is not None])
+    known = class_texts(pipe.labels)
+    prompts = [known[label] for label in labels if label is not None]
     texts = encode_texts(clip.model, prompts)  # (N, E)
     at_once = max(1, batch_size // candidates)  # images whose candidates are drawn together
     for start in range(0, len(labels), at_once):

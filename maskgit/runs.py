@@ -23,6 +23,7 @@ from maskgit.engine.pairs import Pairs
 from maskgit.engine.tokens import cached, fixed_batches, token_batches, tokenize
 from maskgit.evaluation.classifier import Classifier, ClassifierConfig
 from maskgit.evaluation.classifier_task import ClassifierLossConfig, ClassifierTask
+from maskgit.evaluation.prompts import class_texts
 from maskgit.model import SIZES, MaskGIT, MaskGITConfig
 from maskgit.task import MaskGITLossConfig, MaskGITTask
 from vqgan import VQGAN, VQGANConfig
@@ -250,7 +251,7 @@ def clip_run(run: CLIPRun, folder: Path, say: Say) -> Joined:
     pairs, others = (Pairs(some, run.captions, model.tokenizer) for some in (images, heldout))
     say(f"{len(images)} images, {pairs.describe()}")
     stream = image_stream(run, images)
-    task = CLIPTask(model, run.loss, images.classes)
+    task = CLIPTask(model, run.loss, images.classes, class_texts(images.classes))
     return (
         task,
         lambda step: pairs.drawn(stream(step), run.train.seed, step),

@@ -14,13 +14,13 @@ from tiny_clip import save_clip
 
 from clip import CLIP
 from clip.score import (
-    class_prompts,
     clip_score,
     ref_clip_score,
     score_images,
     summarise,
     texts_for,
 )
+from clip.texts import class_prompts
 from maskgit.commands.main import main
 from maskgit.common import UserError
 from maskgit.common.folder import file_hash
@@ -116,15 +116,18 @@ def test_features_that_do_not_fit_are_refused():
 
 
 def test_prefixes_and_prompts():
-    assert texts_for([" a cat "], "hessel") == ["A photo depicts a cat"]
-    assert texts_for(["a cat"], "percent") == texts_for(["a cat"], "cosine") == ["a cat"]
+    assert texts_for([" a cat "], "hessel") == [["A photo depicts a cat"]]
+    assert texts_for(["a cat"], "percent") == texts_for(["a cat"], "cosine") == [["a cat"]]
     with pytest.raises(UserError) as error:
         texts_for(["a cat", "  "], "hessel")
     one_line(error, "text 1 is empty")
-    assert class_prompts(["cat-face"]) == ["cat face"]
-    assert class_prompts(["cat-face"], "an emoji, {}!") == ["an emoji, cat face!"]
+    assert class_prompts(["cat face"]) == [["cat face"]]
+    assert class_prompts(["cat", ["a", "b"]], ["{}!", "my {}"]) == [
+        ["cat!", "my cat"],
+        ["a!", "my a", "b!", "my b"],
+    ]
     with pytest.raises(UserError) as error:
-        class_prompts(["cat-face"], "an emoji")
+        class_prompts(["cat-face"], ["an emoji"])
     one_line(error, "no {}")
 
 
@@ -294,13 +297,13 @@ def test_labels_of_class_folders_of_bundled_sets_and_of_what_was_sampled(said, t
     status, text = said("emoji:heldout", "--labels", "--out", "b")
     assert status == 0, text
     assert result(tmp_path / "b")["metrics"]["CLIP-score-hessel"]["n"] == 189
-    assert "food fruit" in {row["caption"] for row in rows(tmp_path / "b")}
+    assert any(row["caption"].startswith("fruit / ") for row in rows(tmp_path / "b"))
 
     options = ["--class", "cat-face,heart", "--num", "2", "--steps", "1"]
     assert main(["sample", *options, "--out", "drawn"]) == 0
     status, text = said("drawn", "--labels", "--out", "c")
     assert status == 0, text
-    captions = [row["caption"] for row in rows(tmp_path / "c")]
+    captions = [row["caption"].split(" / ")[0] for row in rows(tmp_path / "c")]
     assert captions == ["cat face"] * 2 + ["heart"] * 2
     for file in (tmp_path / "drawn").glob("*.png"):  # without what is in the files themselves
         with Image.open(file) as image:
@@ -389,7 +392,7 @@ def test_tables_that_do_not_fit_the_images(table, parts, said, drawings, tmp_pat
         ("set --labels", "has no class"),
         ("nowhere --labels", "nowhere is no folder"),
         ("empty --labels", "it is empty"),
-        ("emoji --labels --template emoji", "has no {}"),
+        ("emoji --labels --template emoji", "needs {} once"),
         ("set --captions captions.json --clip nowhere", "nowhere"),
         ("set --captions captions.json --out captions.json", "captions.json"),
     ],

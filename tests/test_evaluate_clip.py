@@ -12,10 +12,11 @@ from clip import CLIP, CLIPConfig, ImageConfig, TextConfig
 from clip.zero_shot import imagenet, wilson
 from maskgit.commands.main import main
 from maskgit.common import UserError
-from maskgit.evaluation.clip_inputs import match_labels, prompt_variants, read_list, resolve
+from maskgit.evaluation.clip_inputs import match_labels, read_list, resolve, ways_to_prompt
 from maskgit.evaluation.clip_model import open_clip_model
 from maskgit.evaluation.clip_score import open_pictures
 from maskgit.evaluation.clip_tasks import chance_of, expected, features_of
+from maskgit.evaluation.prompts import class_texts
 
 COLOURS = {"red-ball": (220, 40, 40), "green-ball": (30, 180, 60), "sea": (40, 80, 220)}
 
@@ -118,7 +119,8 @@ def test_the_bundled_set(said, tmp_path):
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["tasks"] == ["zero-shot", "retrieval"] and found["left_out"] == {}
     assert found["reference"] is None and len(found["clip"]["names"]) == 99
-    assert "cat face" in found["clip"]["names"] and sum(found["class_counts"].values()) == 189
+    assert any("cat face" in names for names in found["clip"]["names"])
+    assert sum(found["class_counts"].values()) == 189
     assert found["clip"]["captions"]["count"] == 189  # the names alone
     chance = found["metrics"]["image to text recall@10"]["chance"]
     assert chance == pytest.approx(10 / 189)
@@ -250,19 +252,37 @@ def test_imagenets_names_go_by_the_order_of_the_classes(tmp_path, sets, model):
         (folder / "a.png").write_bytes(pixels)
     inputs = resolve(str(tmp_path / "imagenet"), names="imagenet", prompts="imagenet")
     assert inputs.names == imagenet()["names"] and inputs.tasks == ["zero-shot"]
-    assert inputs.variants["one template"] == ["a photo of a {}."]
-    assert len(inputs.variants["ensemble"]) == 80
+    assert inputs.ways["one template"].templates == ["a photo of a {}."]
+    assert len(inputs.ways["ensemble"].templates) == 80
     clip = open_clip_model(str(model), "cpu")
     assert expected(clip, inputs) is None
-    clip.model.config.recipe = "ViT-L-14 openai"
+    clip.model.config.recipe = "ViT-L-14/openai"
     assert expected(clip, inputs) == pytest.approx(0.753)
     inputs.names = inputs.names[::-1]
     assert expected(clip, inputs) is None
 
 
 def test_equal_ways_of_making_prompts_are_measured_once():
-    assert prompt_variants(["{}"], "mine.txt") == {"bare name": ["{}"]}
-    assert list(prompt_variants(["a {}"], "mine.txt")) == ["bare name", "one template"]
+    names = ["sea", "land"]
+    assert ways_to_prompt(names, names, ["{}"], "mine.txt") == {"bare name": (names, ["{}"])}
+    ways = ways_to_prompt(names, names, ["a {}"], "mine.txt")
+    assert list(ways) == ["bare name", "one template"]
+
+
+def test_the_bundled_classes_are_described_in_words_of_captions():
+    classes = ["cat-face", "animal-mammal"]
+    names = class_texts(classes)
+    assert "cat face" in names[0] and len(names[1]) > 3
+    ways = ways_to_prompt(classes, names, ["a photo of a {}."], None)
+    assert ways == {
+        "class name": (["cat face", "animal mammal"], ["{}"]),
+        "described": (names, ["{}"]),
+    }
+    assert set(ways_to_prompt(classes, names, ["my {}"], "mine.txt")) == {
+        "bare name",
+        "one template",
+    }
+    assert class_texts(["cat-face", "my-own"]) == ["cat face", "my own"]
 
 
 def test_lists_come_as_lines_or_json(tmp_path):

@@ -371,8 +371,8 @@ def test_imagenets_facts_are_those_of_open_clip():
 
 def test_what_was_published_is_of_known_weights_and_imagenet_alone():
     names = imagenet()["names"]
-    assert published("ViT-B-32 openai", names) == pytest.approx(0.632)
-    assert published("ViT-B-32 openai", names[:999]) is None
+    assert published("ViT-B-32/openai", names) == pytest.approx(0.632)
+    assert published("ViT-B-32/openai", names[:999]) is None
     assert published("ViT-B-32 laion2b_s34b_b79k", names) is None
     assert published("", names) is None
     with pytest.raises(UserError) as error:

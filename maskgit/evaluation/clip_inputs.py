@@ -4,17 +4,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from clip.score import class_prompts
-from clip.zero_shot import check_templates, imagenet, templates
+from clip.texts import Texts, check_templates, spoken
+from clip.zero_shot import imagenet, templates
 from maskgit.common import UserError, nearest, pick
 from maskgit.engine.captions import captions_of
 from maskgit.engine.sources import BUNDLED_SHARDS
 from maskgit.evaluation.clip_score import Pictures, open_pictures
+from maskgit.evaluation.prompts import class_texts, described
 
 TASKS = {
     "zero-shot": "classes from texts alone",
@@ -26,6 +27,13 @@ ONE = "a photo of a {}."  # the template shown beside an ensemble of those that 
 TRAINED_ON = {"emoji:heldout": "emoji"}  # what a probe of a bundled set is fitted on
 
 
+class Way(NamedTuple):
+    """One way to make prompts: each name of each class, in each template."""
+
+    names: Sequence[Texts]
+    templates: list[str]
+
+
 @dataclass(eq=False)
 class Inputs:
     """Everything that the tasks need, and why those left out lack something."""
@@ -35,8 +43,8 @@ class Inputs:
     data: Pictures
     train: Pictures | None  # its labels are numbers of the classes of `data`
     train_labels: Tensor | None  # (M,) int64
-    names: list[str]  # of the classes of `data`, as they stand in prompts; [] without classes
-    variants: dict[str, list[str]]  # the templates of each way to make prompts, the fullest last
+    names: Sequence[Texts]  # of the classes of `data`, as they stand in prompts; [] without classes
+    ways: dict[str, Way]  # to make prompts, the fullest last
     captions: list[list[str]] = field(default_factory=list)  # of each image, for retrieval
 
     @property
@@ -70,7 +78,7 @@ def resolve(
     tasks that were not named, those that lack something are left out."""
     chosen = choose_tasks(tasks)
     lacking: dict[str, str] = {}
-    variants = prompt_variants(read_templates(prompts), prompts)
+    read = read_templates(prompts)
     listed = read_list(names) if names and names != "imagenet" else None
     train = train or TRAINED_ON.get(data)
     if train is None:
@@ -93,7 +101,8 @@ def resolve(
                 raise
             lacking["retrieval"] = str(error)
     _refuse(tasks, lacking)
-    plain = name_classes(found.classes, names, listed, data) if found.classes else []
+    named = name_classes(found.classes, names, listed, data) if found.classes else []
+    ways = ways_to_prompt(found.classes, named, read, prompts)
     chosen = [name for name in chosen if name not in lacking]
     if not chosen:
         raise UserError(f"{data} has neither classes nor captions: there is nothing to measure")
@@ -104,7 +113,7 @@ def resolve(
         if other.describe()["hash"] == found.describe()["hash"]:
             raise UserError(f"--train {train} has the very images of {data}: give others")
     left = {name: why for name, why in lacking.items() if tasks is None}
-    return Inputs(chosen, left, found, other, labels, plain, variants, texts)
+    return Inputs(chosen, left, found, other, labels, named, ways, texts)
 
 
 def _refuse(tasks: Sequence[str] | None, lacking: dict[str, str]) -> None:
@@ -120,8 +129,9 @@ def _captions(pictures: Pictures, table: Path | None) -> list[list[str]]:
     return [own[:1] for own in texts] if bundled else texts
 
 
-def read_list(source: str) -> list[str] | dict[str, str]:
-    """Texts from a file: a JSON list, a JSON object (class -> text), or else one a line.
+def read_list(source: str) -> list[Any] | dict[str, Any]:
+    """Texts from a file: a JSON list, a JSON object (class -> text), or else one a line. In JSON an
+    entry may be a list of texts.
 
     Raises UserError for a file that is missing, no text or empty, and for an empty text.
     """
@@ -141,7 +151,8 @@ def read_list(source: str) -> list[str] | dict[str, str]:
     texts = list(found.values()) if isinstance(found, dict) else found
     if not isinstance(texts, list) or not texts:
         raise UserError(f"{source} holds no texts: a JSON list or object, or one text a line")
-    if not all(isinstance(one, str) and one.strip() for one in texts):
+    each = [one if isinstance(one, list) and one else [one] for one in texts]
+    if not all(isinstance(one, str) and one.strip() for own in each for one in own):
         raise UserError(f"{source} has an entry that is empty or no text: all must be texts")
     return found
 
@@ -149,16 +160,16 @@ def read_list(source: str) -> list[str] | dict[str, str]:
 def name_classes(
     classes: Sequence[str],
     source: str | None,
-    listed: list[str] | dict[str, str] | None,
+    listed: list[Texts] | dict[str, Texts] | None,
     where: str,
-) -> list[str]:
-    """The name of each class in prompts: as `listed` (from the file `source`) has them, ImageNet's
-    for the source "imagenet", else the class names themselves, with spaces for hyphens.
+) -> list[Texts]:
+    """The name of each class in prompts, or several: as `listed` (from the file `source`) has them,
+    ImageNet's for the source "imagenet", else as `class_texts` has them.
 
     Raises UserError for other numbers of names than classes, and for unknown and missing classes.
     """
     if listed is None and source is None:
-        return class_prompts(classes)
+        return class_texts(classes)
     names = imagenet()["names"] if listed is None else listed
     if isinstance(names, dict):
         for name in names:
@@ -187,22 +198,28 @@ def read_templates(source: str | None) -> list[str]:
     if not Path(source).expanduser().is_file():
         raise UserError(f"no templates {source}: give a file, or {' or '.join(known)}")
     found = read_list(source)
-    if isinstance(found, dict):
-        raise UserError(f"{source} is an object: templates are a JSON list, or one a line")
+    if isinstance(found, dict) or not all(isinstance(one, str) for one in found):
+        raise UserError(f"{source} is no list of texts: templates are a JSON list, or one a line")
     check_templates(found, source)
     return found
 
 
-def prompt_variants(found: list[str], source: str | None) -> dict[str, list[str]]:
-    """The templates of each way to make prompts, without those that equal one before: the bare
-    name, one template (of a file the first), and all of them as an ensemble."""
+def ways_to_prompt(
+    classes: Sequence[str], names: Sequence[Texts], found: list[str], source: str | None
+) -> dict[str, Way]:
+    """The ways to make prompts, without those that equal one before: bare names, one template (of a
+    file the first), and all of them as an ensemble. For the bundled classes, whose drawings are no
+    photos, without templates of their own: the names of the classes, and what `names` says."""
     own = source is not None and source not in imagenet()["templates"]
-    ways = {"bare name": ["{}"], "one template": [found[0] if own else ONE], "ensemble": found}
-    kept: dict[str, list[str]] = {}
-    for way, texts in ways.items():
-        if texts not in kept.values():
-            kept[way] = texts
-    return kept
+    plain = [spoken(name) for name in classes]
+    if set(classes) <= described().keys() and not own:
+        return {"class name": Way(plain, ["{}"]), "described": Way(names, ["{}"])}
+    options = {"bare name": ["{}"], "one template": [found[0] if own else ONE], "ensemble": found}
+    ways: dict[str, Way] = {}
+    for way, texts in options.items():
+        if all(texts != other.templates for other in ways.values()):
+            ways[way] = Way(names, texts)
+    return ways
 
 
 def match_labels(train: Pictures, data: Pictures) -> Tensor:

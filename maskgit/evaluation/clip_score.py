@@ -16,16 +16,14 @@ from torch import Tensor
 from clip.preprocess import MIN_SIDE
 from clip.score import (
     CONVENTIONS,
-    class_prompts,
     clip_score,
-    count_cut,
     encode_images,
-    encode_texts,
     ref_clip_score,
     score_images,
     summarise,
     texts_for,
 )
+from clip.texts import Texts, count_cut, encode_texts, several
 from maskgit.common import UserError
 from maskgit.common.folder import read_json, write_whole
 from maskgit.common.progress import progress
@@ -155,14 +153,15 @@ def check_independent(pictures: Pictures, clip: ClipModel) -> str | None:
 def score_pictures(
     clip: ClipModel,
     pictures: Pictures,
-    texts: Sequence[Sequence[str]],
+    texts: Sequence[Sequence[Texts]],
     convention: str = "hessel",
-    references: Sequence[Sequence[str]] | None = None,
+    references: Sequence[Sequence[Texts]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """The metrics of `pictures`, what they were made by, and a row for each image and caption.
 
     texts: one or several of each image, whose score is the mean over them, so that images, which
-    are independent, are what the standard error counts. references: likewise, for RefCLIPScore.
+    are independent, are what the standard error counts. (One that is itself several texts, as the
+    prompts of a class are, has their mean feature.) references: likewise, for RefCLIPScore.
     """
     rows = [i for i, own in enumerate(texts) for _ in own]  # the image of each pair
     plain = [text for own in texts for text in own]
@@ -183,7 +182,7 @@ def score_pictures(
     how = describe(clip, convention, count_cut(clip.model, full))
     scores = {name: value.tolist() for name, value in values.items()}
     table = [
-        {"id": pictures.items[i].name, "caption": plain[p]}
+        {"id": pictures.items[i].name, "caption": " / ".join(several(plain[p]))}
         | {"score" if name != "RefCLIPScore" else name: v[p] for name, v in scores.items()}
         for p, i in enumerate(rows)
     ]
@@ -191,13 +190,13 @@ def score_pictures(
 
 
 def score_set(
-    clip: ClipModel, images: PixelSet, names: Sequence[str], convention: str = "hessel"
+    clip: ClipModel, images: PixelSet, prompts: Sequence[Texts], convention: str = "hessel"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """For images of one size and the names of their classes: the metric, and how it was made."""
+    """For images of one size and the prompts of their classes: the metric, and how it was made."""
     batches = (batch.float() / 255 for batch in images.batches(BATCH))
     with precision("ieee"):
-        scores, cut = score_images(clip.model, batches, class_prompts(names), convention)
-    how = describe(clip, convention, cut) | {"texts": {"kind": "class prompts", "template": "{}"}}
+        scores, cut = score_images(clip.model, batches, prompts, convention)
+    how = describe(clip, convention, cut) | {"texts": {"kind": "class prompts"}}
     return {f"CLIP-score-{convention}": summary(scores)}, how
 
 

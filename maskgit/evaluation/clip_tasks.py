@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from clip.probe import few_shot, linear_probe
-from clip.score import count_cut, encode_images, encode_texts
+from clip.score import encode_images
+from clip.texts import class_prompts, count_cut, encode_texts
 from clip.zero_shot import (
     class_weights,
     effective_count,
@@ -72,19 +73,18 @@ def truncated(clip: ClipModel, inputs: Inputs) -> int:
     """How many of the prompts and captions that the tasks need are longer than the model takes."""
     texts = [text for own in inputs.captions for text in own]
     if inputs.needs_prompts:
-        templates = {t for several in inputs.variants.values() for t in several}
-        texts += [t.replace("{}", name) for t in templates for name in inputs.names]
-    return count_cut(clip.model, texts) if texts else 0
+        texts += [t for way in inputs.ways.values() for own in class_prompts(*way) for t in own]
+    return count_cut(clip.model, list(dict.fromkeys(texts))) if texts else 0
 
 
 def measure_zero_shot(clip: ClipModel, inputs: Inputs, images: Tensor) -> Metrics:
     """Every way of making prompts; images: features (N, E). The last way is the fullest."""
     scale, labels = clip.model.logit_scale.detach().exp(), inputs.labels
     metrics: Metrics = {}
-    for way, texts in inputs.variants.items():
-        names = progress(inputs.names, f"prompts, {way}", unit="classes")
+    for way, (names, templates) in inputs.ways.items():
+        shown = progress(names, f"prompts, {way}", unit="classes")
         with precision("ieee"):
-            weights = class_weights(clip.model, names, texts)
+            weights = class_weights(clip.model, shown, templates)
             found = zero_shot(images, weights, labels, scale)
         count = len(labels)
         metrics[f"zero-shot top-1, {way}"] = with_interval(found.top1, count)
@@ -247,4 +247,4 @@ def plot_shots(file: Path, metrics: Metrics, way: str, shots: Sequence[int]) -> 
 
 def expected(clip: ClipModel, inputs: Inputs) -> float | None:
     """What the paper states for these weights on these classes, with OpenAI's 80 templates."""
-    return published(clip.model.config.recipe, inputs.names)
+    return published(clip.model.config.recipe, list(map(str, inputs.names)))

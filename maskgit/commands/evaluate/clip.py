@@ -86,14 +86,15 @@ def run(args: argparse.Namespace) -> None:
     options.say_metrics(tasks, left)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    ways = list(inputs.variants)
+    ways = list(inputs.ways)
     images = clip_tasks.features_of(clip, data, args.out / "features")
     fitted = clip_tasks.features_of(clip, train, args.out / "features") if train else images
     metrics: clip_tasks.Metrics = {}
     how: dict = {"model": clip.describe(), "truncated": cut, "seed": args.seed}
     if inputs.needs_prompts:
         metrics |= clip_tasks.measure_zero_shot(clip, inputs, images)
-        how |= {"names": inputs.names, "templates": inputs.variants}
+        how["names"] = inputs.names
+        how["templates"] = {way: prompts.templates for way, prompts in inputs.ways.items()}
         how["published_top1"] = clip_tasks.expected(clip, inputs)
     if "retrieval" in tasks:
         metrics |= clip_tasks.measure_retrieval(clip, inputs, images)

@@ -1,6 +1,7 @@
 """`maskgit evaluate clip-score`: how well images go with their captions or classes."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from maskgit.commands import shared
@@ -28,20 +29,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--references", type=Path, metavar="FILE", help="others' captions, for RefCLIPScore"
     )
-    parser.add_argument("--template", metavar="TEXT", help='with --labels, such as "{}" (default)')
+    parser.add_argument(
+        "--template", metavar="TEXT", help='with --labels, such as "a photo of a {}."'
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     options.add_out_option(parser, "scores.csv and metrics.json")
 
 
 def run(args: argparse.Namespace) -> None:
     """Check all, score, write, and print the numbers and, on the last line, the path."""
-    from clip.score import CONVENTIONS, class_prompts
+    from clip.score import CONVENTIONS
+    from clip.texts import Texts, class_prompts, spoken
     from maskgit.common import UserError, pick
     from maskgit.common.device import pick_device
     from maskgit.common.folder import file_hash
     from maskgit.engine.captions import join, read_captions
     from maskgit.evaluation import clip_score, report
     from maskgit.evaluation.clip_model import open_clip_model
+    from maskgit.evaluation.prompts import class_texts
     from maskgit.evaluation.protocol import class_counts
 
     pick(CONVENTIONS, args.convention, "CLIP-score convention")
@@ -55,11 +60,15 @@ def run(args: argparse.Namespace) -> None:
     captions = {table: read_captions(table) for table in tables}
     pictures = clip_score.open_pictures(args.set, tables)
     options.say("images", f"{args.set}: {len(pictures.items):,}")
+    texts: Sequence[Sequence[Texts]]
     if args.captions:
         texts = join(pictures.items, captions[args.captions], str(args.captions))
     else:
-        prompts = class_prompts(clip_score.class_names(pictures), args.template or "{}")
-        texts = [[prompt] for prompt in prompts]
+        names = clip_score.class_names(pictures)
+        prompts: Sequence[Texts] = class_texts(names)
+        if args.template is not None:
+            prompts = class_prompts(map(spoken, names), [args.template])
+        texts = [[own] for own in prompts]  # its several texts count as one
     references = None
     if args.references:
         references = join(pictures.items, captions[args.references], str(args.references))
@@ -71,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     )
     how["texts"] = {"kind": "captions" if args.captions else "class prompts"}
     if args.labels:
-        how["texts"]["template"] = args.template or "{}"
+        how["texts"]["template"] = args.template
     for kind, table in (("captions", args.captions), ("references", args.references)):
         if table:
             how["texts"][f"{kind} sha256"] = file_hash(table.expanduser())

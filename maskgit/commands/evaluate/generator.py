@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from maskgit.evaluation.clip_score import score_set
     from maskgit.evaluation.npz import write_npz
     from maskgit.evaluation.processes import Processes
+    from maskgit.evaluation.prompts import class_texts
     from maskgit.evaluation.protocol import class_counts
     from maskgit.evaluation.score import over_runs, score_sets
     from maskgit.evaluation.sets import open_pixels
@@ -84,8 +85,9 @@ def run(args: argparse.Namespace) -> None:
         **shared.computed_on(pipe),
     }
     if clip:
-        names = [[pipe.labels[i] for i in one if i is not None] for one in ready.labels]
-        found = [score_set(clip, *pair) for pair in zip(sets, names, strict=True)]
+        known = class_texts(pipe.labels)
+        prompts = [[known[i] for i in one if i is not None] for one in ready.labels]
+        found = [score_set(clip, *pair) for pair in zip(sets, prompts, strict=True)]
         result["metrics"] |= over_runs([metric for metric, _ in found])
         result["clip_score"] = found[0][1]
     report.save_statistics(args.out / "statistics.npz", scorer.features(sets[0]).gaussian)
