@@ -231,5 +231,5 @@ def test_doctor_reports_missing_weights(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(doctor, "BUNDLED", {"emoji": tmp_path})
     assert doctor.run(None) == 1
     problems = [line for line in capsys.readouterr().out.splitlines() if "PROBLEM" in line]
-    assert len(problems) == len(doctor.PARTS) == 3
+    assert len(problems) == len(doctor.PARTS) == 4
     assert all("missing" in line and str(tmp_path) in line for line in problems)

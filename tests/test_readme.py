@@ -1,6 +1,7 @@
 """Every command and every Python block of the README runs, in order, in a copy of the tree.
 
-Beside the tree the blocks find what they may name: `photo.png`, and `photos`, a folder of classes.
+Beside the tree the blocks find what they may name: `photo.png`; `photos`, a folder of classes; and
+`pairs`, a flat folder of images with captions.
 Four things differ from what the README says: training is given `--smoke`, `git clone` and `cd` are
 left out since the copy is the clone, `make` uses the environment of these tests instead of
 installing one, and `make test` is only asked what it would do, since this is it.
@@ -43,6 +44,10 @@ def copy(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
         (tree / "photo.png").write_bytes(content)
+        pair = tree / "pairs" / name
+        pair.parent.mkdir(exist_ok=True)
+        pair.write_bytes(content)
+        pair.with_suffix(".txt").write_text(f"drawing {i}")
     return tree
 
 

@@ -192,6 +192,8 @@ def apart(results: Sequence[dict[str, Any]]) -> list[str]:
         "convention": ("clip_score", "convention"),
         "texts": ("clip_score", "texts"),
         "CLIP": ("clip_score", "model", "sha256"),
+        "names of classes": ("clip", "names"),
+        "templates": ("clip", "templates"),
     }
     lines = []
     for name, path in looked_at.items():
