@@ -150,6 +150,12 @@ class CLIPConfig:
         pick({"infonce": 0, "sigmoid": 0}, self.loss, "loss")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"mean={self.mean} and std={self.std}: three numbers each, std above 0")
+        if self.embed < 1:
+            raise UserError(f"embed={self.embed} must be 1 or more")
+        if self.max_scale is not None and not 1 <= self.scale <= self.max_scale:
+            raise UserError(
+                f"scale={self.scale:g} is not from 1 to max_scale={self.max_scale:g} (null: no end)"
+            )
         if not self.scale > 0 or not 0 <= self.dropout < 1:
             raise UserError(f"scale={self.scale} must be above 0, dropout={self.dropout} below 1")
         no_projection = self.image.tower == "vit" and self.image.pool == "attention"

@@ -56,6 +56,8 @@ def huggingface_config(folder: Path) -> CLIPConfig:
     model, and for what our towers do not have.
     """
     where, content = folder / "config.json", read_json(folder / "config.json")
+    if not isinstance(content, dict):
+        raise UserError(f"{where} describes no model: it is no JSON object")
     kind = str(content.get("model_type"))
     defaults = pick(DEFAULTS, kind, f"model_type of {where}:")
     try:
@@ -96,7 +98,6 @@ def _config(where: Path, kind: str, content: Any, defaults: Any) -> CLIPConfig:
             **ids,
             **_tower(text),
         ),
-        recipe=f"huggingface {kind}",
         **({} if clip else SIGLIP),
     )
 

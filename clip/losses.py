@@ -43,15 +43,24 @@ def info_nce(
     if len(images) < 2:
         raise UserError("a batch of one pair has nothing to contrast: take 2 or more")
 
-    def direction(rows: Tensor, columns: Tensor, positive: Tensor) -> Tensor:
-        target = positive / positive.sum(1, keepdim=True)
-        target = target * (1 - smoothing) + smoothing / len(columns)
-        return F.cross_entropy(scale * rows @ columns.T, target)
+    own = torch.arange(len(image), device=image.device) + rank() * len(image)
+    forward, backward = (own, own) if keys is None else _shares(keys, own, image.dtype, smoothing)
 
-    forward, backward = (side.to(image.dtype) for side in positives(len(image), keys, image.device))
-    return weight * direction(image, texts, forward) + (1 - weight) * direction(
-        text, images, backward
-    )
+    def direction(rows: Tensor, columns: Tensor, target: Tensor) -> Tensor:
+        rest = smoothing if keys is None else 0.0  # shares have it in them
+        return F.cross_entropy(scale * rows @ columns.T, target, label_smoothing=rest)
+
+    there, back = direction(image, texts, forward), direction(text, images, backward)
+    return weight * there + (1 - weight) * back
+
+
+def _shares(keys: Keys, own: Tensor, dtype: torch.dtype, smoothing: float) -> tuple[Tensor, Tensor]:
+    """The targets of both directions, (B, B W): positives share evenly what smoothing leaves."""
+    both = []
+    for positive in positives(keys, own):
+        share = positive.to(dtype) / positive.sum(1, keepdim=True)
+        both.append(share * (1 - smoothing) + smoothing / share.shape[1])
+    return both[0], both[1]
 
 
 def sigmoid_loss(
@@ -70,7 +79,8 @@ def sigmoid_loss(
     """
     check_pairs(image, text)
     texts = gather(text).split(len(text))
-    together = positives(len(image), keys, image.device)[0].split(len(text), 1)
+    own = torch.arange(len(image), device=image.device) + rank() * len(image)
+    together = positives(keys, own)[0].split(len(text), 1)
 
     def part(image: Tensor, other: Tensor, sign: Tensor) -> Tensor:
         return -F.logsigmoid(sign * (scale * image @ other.T + bias)).sum() / len(image)
@@ -85,11 +95,10 @@ def sigmoid_loss(
     return total
 
 
-def positives(count: int, keys: Keys | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def positives(keys: Keys | None, own: Tensor) -> tuple[Tensor, Tensor]:
     """What belongs together, bool (B, B W) each: this process's images with all texts, and its
-    texts with all images. An image and its own text always do."""
-    own = torch.arange(count, device=device) + rank() * count
-    pairs = F.one_hot(own, count * world()).bool()
+    texts with all images. An image and its own text always do; own: (B,), where that stands."""
+    pairs = F.one_hot(own, len(own) * world()).bool()
     if keys is None:
         return pairs, pairs
     owned, caption = keys

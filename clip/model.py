@@ -200,10 +200,14 @@ class CLIP(nn.Module):
         merges, context = self.config.text.merges, self.config.text.context
         if merges is None:
             raise UserError(
-                f"this model {self.config.recipe} was trained with another tokenizer: give the ids "
-                "that it makes to encode_text"
+                "this model was trained with another tokenizer than OpenAI's: give the ids that "
+                "its own makes to encode_text"
             )
         return Tokenizer(merges, context)
+
+    def tower(self, side: str) -> Any:
+        """The tower of "image" or "text"."""
+        return {"image": self.visual, "text": self.text}[side]
 
     @property
     def device(self) -> torch.device:

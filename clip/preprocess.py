@@ -31,7 +31,13 @@ def preprocess(images: Sequence[Image] | Tensor, config: CLIPConfig) -> Tensor:
     another kind and for images of less than 8 pixels."""
     if isinstance(images, Tensor):
         pixels = scale_tensor(images, config)
+        if not (pixels.min() >= -0.01 and pixels.max() <= 1.01):  # false of NaN, too
+            raise UserError("images have values that are not in [0, 1]: divide bytes by 255")
     else:
+        if not isinstance(images, Sequence) or not all(hasattr(i, "resize") for i in images):
+            raise UserError(
+                "images have to be a list of PIL images, or a float tensor (B, 3, H, W) in [0, 1]"
+            )
         scaled = [np.asarray(scale_picture(image, config)) for image in images]
         if not scaled:
             raise UserError("there is no image to encode")

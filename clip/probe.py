@@ -2,6 +2,8 @@
 
 Multinomial logistic regression, as Radford et al. 2021 (appendix A.3) evaluate CLIP: L-BFGS with at
 most 1,000 iterations, its regularisation swept on a validation split, then fitted on everything.
+Apart from the paper, which takes what comes before the projection, the features here are what the
+rest of the evaluation uses: projected and of unit length.
 
 Shapes: N images, D width of the features, K classes.
 """

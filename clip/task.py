@@ -89,8 +89,7 @@ class CLIPTask:
                 "or loss.micro_batch=null"
             )
         if config.locked:
-            tower = model.visual if config.locked == "image" else model.text
-            tower.requires_grad_(False)
+            model.tower(config.locked).requires_grad_(False)
         self.model = model
         self.parts: dict[str, nn.Module] = {"clip": model}
         self.units = {"images": 1}
@@ -121,43 +120,49 @@ class CLIPTask:
         """Of images and texts, (B, E) each. With `micro_batch` only the features are kept, and the
         towers run again, with the same random numbers, when gradients are asked for: one batch at
         a time (GradCache, Gao et al. 2021; here as checkpoints around each micro-batch)."""
-        pixels = batch["image"].float() / 255
-        if self.config.varied and model.training:
-            pixels = vary(pixels, self.config)
-        pixels = normalize(scale_tensor(pixels, model.config), model.config)
-        sides = {"image": (pixels, batch["index"]), "text": (batch["text"], batch["caption"])}
-        if self.config.locked and model.training:
-            locked = sides.pop(self.config.locked)
-            kept = self.locked_features(model, *locked)
-            (side, (inputs, _)), *_ = sides.items()
-            found = self.in_parts(partial(encode, model, side), inputs)
-            return (kept, found) if side == "text" else (found, kept)
-        if self.config.micro_batch is None:
-            return model(pixels, batch["text"])
-        image, text = (self.in_parts(partial(encode, model, k), v[0]) for k, v in sides.items())
-        return image, text
+        sides = {
+            "image": (batch["image"], batch["index"]),
+            "text": (batch["text"], batch["caption"]),
+        }
+        found = {}
+        for side, (inputs, ids) in sides.items():
+            encode = partial(self.encode, model, side)
+            if side == self.config.locked and model.training:
+                found[side] = self.locked_features(encode, inputs, ids)
+            elif self.config.micro_batch is None:
+                found[side] = encode(inputs)
+            else:
+                parts = inputs.split(self.config.micro_batch)
+                found[side] = torch.cat([checkpoint(encode, p, use_reentrant=False) for p in parts])
+        return found["image"], found["text"]
 
-    def in_parts(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """(B, ...) -> features (B, E), one micro-batch after the other, without their graphs."""
-        if self.config.micro_batch is None:
-            return function(inputs)
-        parts = inputs.split(self.config.micro_batch)
-        return torch.cat([checkpoint(function, part, use_reentrant=False) for part in parts])
+    def encode(self, model: CLIP, side: str, inputs: Tensor) -> Tensor:
+        """Unit-length features (B, E) of images (B, 3, H, W) uint8 or of texts (B, L)."""
+        if side == "text":
+            return model(None, inputs)[1]
+        images = inputs.float() / 255
+        if self.config.varied and model.training:
+            images = vary(images, self.config)
+        return model(normalize(scale_tensor(images, model.config), model.config), None)[0]
 
     @torch.no_grad()
-    def locked_features(self, model: CLIP, inputs: Tensor, ids: Tensor) -> Tensor:
-        """Of the tower that is locked: (B, ...), ids (B,) -> (B, E), computed once for each id."""
-        missing = [i for i, key in enumerate(ids.tolist()) if key not in self.kept]
-        if missing:
-            side = str(self.config.locked)
-            tower = model.visual if side == "image" else model.text
-            tower.eval()  # no dropout in what is computed once
-            found = encode(model, side, inputs[missing]).cpu()
-            self.kept.update(zip(ids[missing].tolist(), found, strict=True))
+    def locked_features(
+        self, encode: Callable[[Tensor], Tensor], inputs: Tensor, ids: Tensor
+    ) -> Tensor:
+        """Of the tower that is locked: (B, ...), ids (B,) -> (B, E), computed once for each id, and
+        alone, since in a batch they would be rounded otherwise after a resume."""
+        self.model.tower(str(self.config.locked)).eval()  # no dropout in what is computed once
+        for i, key in enumerate(ids.tolist()):
+            if key not in self.kept:
+                self.kept[key] = encode(inputs[i : i + 1])[0].cpu()
         return torch.stack([self.kept[key] for key in ids.tolist()]).to(inputs.device)
 
     def loss(self, model: CLIP, image: Tensor, text: Tensor, batch: Batch) -> Tensor:
-        """The recipe's loss of a batch of features."""
+        """The recipe's loss of a batch of features, in fp32 whatever the towers ran in."""
+        with torch.autocast(image.device.type, enabled=False):
+            return self._loss(model, image, text, batch)
+
+    def _loss(self, model: CLIP, image: Tensor, text: Tensor, batch: Batch) -> Tensor:
         label, scale = batch["label"], model.logit_scale.exp()
         keys = {
             "pair": None,
@@ -219,9 +224,3 @@ class CLIPTask:
         model.save_pretrained(folder / "clip")
         if self.classes:
             write_json(folder / "labels.json", self.classes)
-
-
-def encode(model: CLIP, side: str, inputs: Tensor) -> Tensor:
-    """Unit-length features of one side, by the model's own `forward`."""
-    image, text = model(inputs, None) if side == "image" else model(None, inputs)
-    return image if side == "image" else text

@@ -14,6 +14,7 @@ class TimmTower(nn.Module):
 
     def __init__(self, config: ImageConfig, embed: int) -> None:
         super().__init__()
+        self.config = config
         try:
             import timm
         except ImportError:

@@ -10,7 +10,7 @@ from maskgit.sheet import sheet, to_pictures
 
 out, *queries = sys.argv[1:]
 model = CLIP.from_pretrained("emoji")
-images = torch.cat(list(open_pixels("emoji:heldout").batches(256))) / 255  # (N, 3, 64, 64)
+images = torch.cat(list(open_pixels("emoji").batches(256))) / 255  # (N, 3, 64, 64)
 with torch.no_grad():
     found = model.encode_image(model.preprocess(images))  # (N, E)
     scores = model.encode_text(model.tokenize(queries)) @ found.T  # (Q, N)
@@ -18,4 +18,4 @@ groups = [
     (query, to_pictures(images[best]))
     for query, best in zip(queries, scores.topk(8).indices, strict=True)
 ]
-sheet(groups, "Held-out drawings, found by text").save(out)
+sheet(groups, "Training drawings, found by text").save(out)

@@ -64,12 +64,12 @@ def test_zero_shot_against_the_classifier(model, heldout, features, weights):
         guessed = Classifier.from_pretrained("emoji")(images).argmax(1) == labels
     flags = labels == classes.index("country-flag")
     for some, words in ((labels >= 0, "described"), (~flags, "without the country flags")):
-        found = zero_shot(features[some], weights, labels[some], model.logit_scale.exp())
+        found = zero_shot(features[some], weights, labels[some], model.logit_scale.exp().item())
         assert found.top1 >= 0.7 * guessed[some].float().mean()
-        number = stated("emoji_clip", rf"{words},? top-1 (\d+\.\d) %")
+        number = stated("emoji_clip", rf"{words}[^%]*? top-1 (\d+\.\d) %")
         assert 100 * found.top1 == pytest.approx(number, abs=0.7)  # one drawing
     plain = class_weights(model, [name.replace("-", " ") for name in classes])
-    found = zero_shot(features, plain, labels, model.logit_scale.exp())
+    found = zero_shot(features, plain, labels, model.logit_scale.exp().item())
     number = stated("emoji_clip", r"bare names of the classes,? top-1 (\d+\.\d) %")
     assert 100 * found.top1 == pytest.approx(number, abs=0.7)
 
@@ -111,3 +111,20 @@ def test_generated_images_score_higher_with_their_class(model, weights):
     assert errors >= 5
     number = stated("emoji_clip", r"generated images (\d\.\d+)")
     assert mean == pytest.approx(number, abs=0.01)
+
+
+def test_the_readme_has_the_numbers_of_the_header():
+    readme = (ROOT / "README.md").read_text()
+    rows = {
+        r"described[^%]*? top-1 (\d+\.\d) %": "each described by words of captions | {} % |",
+        r"without the country flags,? top-1 (\d+\.\d) %": "without the country flags | {} % |",
+        r"bare names of the classes,? top-1 (\d+\.\d) %": "the bare names of the classes | {} % |",
+        r"recall@10 (\d+\.\d) %": "recall@10 | {} % |",
+    }
+    for pattern, row in rows.items():
+        assert row.format(f"{stated('emoji_clip', pattern):.1f}") in readme
+    held, drawn = (
+        stated("emoji_clip", rf"{what} (0\.\d+)")
+        for what in ("held-out drawings", "generated images")
+    )
+    assert f"right class | {held:.3f} | {drawn:.3f} of generated images |" in readme

@@ -123,10 +123,10 @@ def tiny_batch(count=6):
     }
 
 
-def gradients(model, config, batch, monkeypatch=None):
+def gradients(model, config, batch, seed=3):
     """Of one training step, without the update."""
     model.train().zero_grad()
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     task = CLIPTask(model, config, [])
     _, loss, _ = next(task.step(batch, 0))
     loss.backward()
@@ -192,7 +192,8 @@ sys.path.insert(0, "tests")
 import torch
 import torch.distributed as dist
 from clip.task import CLIPLossConfig, CLIPTask
-from test_clip_losses import cases, tiny, tiny_batch
+import clip.task
+from test_clip_losses import cases, close, gradients, tiny, tiny_batch
 
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
@@ -207,6 +208,12 @@ for name, loss, config in cases():
     for key, parameter in model.named_parameters():  # as data-parallel training does
         dist.all_reduce(parameter.grad)
         result[f"{name}/{key}"] = parameter.grad / 2
+for name, loss, config in cases():  # in training: each process has draws of its own
+    model, batch = tiny(loss), {k: v[3 * rank : 3 * rank + 3] for k, v in tiny_batch().items()}
+    cached = gradients(model, config, batch, seed=rank)
+    clip.task.checkpoint, checkpoint = lambda f, x, use_reentrant: f(x), clip.task.checkpoint
+    close(cached, gradients(model, config, batch, seed=rank))
+    clip.task.checkpoint = checkpoint
 torch.save(result, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """

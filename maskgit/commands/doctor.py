@@ -13,7 +13,12 @@ from maskgit.common.folder import BUNDLED, file_hash
 HELP = "say what this machine and this installation can do"
 EXAMPLE = "maskgit doctor"
 
-PARTS = ("vqgan", "transformer", "clip", "classifier")  # the folders of a bundled model that hold weights
+PARTS = (
+    "vqgan",
+    "transformer",
+    "clip",
+    "classifier",
+)  # the folders of a bundled model that hold weights
 
 Finding = tuple[str, str, bool]  # what, what was found, whether one can work with it
 

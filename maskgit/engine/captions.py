@@ -4,27 +4,29 @@ import csv
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from maskgit.common import UserError, nearest
-from maskgit.engine.sources import Item
+from maskgit.engine.sources import IMAGE_SUFFIXES, Item
 
 IDS = ("image", "id", "file", "filepath", "file_name", "filename", "key", "name")
 TEXTS = ("captions", "caption", "text", "title")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def captions_of(items: Sequence[Item], table: str | Path | None = None) -> list[list[str]]:
+def captions_of(
+    items: Sequence[Item], table: str | Path | None = None, surplus: bool = False
+) -> list[list[str]]:
     """One or several captions of each image, in the order of `items`.
 
-    They come from `table` (see `read_captions`), joined by name, or else from what shares an
+    They come from `table` (see `read_captions` and `join`), or else from what shares an
     image's name: `NAME.txt` (a caption a line) or `NAME.json` ("captions", "caption", "text", or
     "name" and "keywords"), in a folder as in a shard. Raises UserError for images without any.
     """
     if table is not None:
-        return join(items, read_captions(table), str(table))
+        return join(items, read_captions(table), str(table), surplus)
     shards: dict[str, dict[str, list[str]]] = {}
     found = []
     for item in items:
@@ -60,7 +62,10 @@ def read_captions(path: str | Path) -> dict[str, list[str]]:
         raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
     if path.suffix in DELIMITERS:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=DELIMITERS[path.suffix])
-        pairs = [_from_row(row, f"{path}, line {reader.line_num}") for row in reader]
+        try:
+            pairs = [_from_row(row, f"{path}, line {reader.line_num}") for row in reader]
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: {error}") from None
     elif path.suffix == ".jsonl":
         lines = enumerate(text.splitlines(), 1)
         pairs = [
@@ -70,11 +75,12 @@ def read_captions(path: str | Path) -> dict[str, list[str]]:
         ]
     elif path.suffix == ".json":
         content = _parse(text, str(path), object_pairs_hook=_Pairs)
-        rows = content if isinstance(content, list) and not isinstance(content, _Pairs) else None
-        if rows is None:
-            pairs = [(name, _listed(value)) for name, value in _Pairs(content)]
+        if isinstance(content, _Pairs):
+            pairs = [(name, _listed(value)) for name, value in content]
+        elif isinstance(content, list):
+            pairs = [_from_row(row, f"{path}, entry {i}") for i, row in enumerate(content)]
         else:
-            pairs = [_from_row(dict(row), f"{path}, entry {i}") for i, row in enumerate(rows)]
+            raise UserError(f"{path} is no JSON object from image to caption, nor a list of rows")
     else:
         raise UserError(f"{path}: captions come as .csv, .tsv, .json or .jsonl")
     if not pairs:
@@ -89,20 +95,38 @@ def read_captions(path: str | Path) -> dict[str, list[str]]:
     return found
 
 
-def join(items: Sequence[Item], table: dict[str, list[str]], where: str) -> list[list[str]]:
-    """The captions of each item, by its name: the path in its folder or shard, with or without
-    suffix, or the file's name alone where no two images share it."""
-    keys: dict[str, int | None] = {}
+def join(
+    items: Sequence[Item], table: dict[str, list[str]], where: str, surplus: bool = False
+) -> list[list[str]]:
+    """The captions of each item, by its name: the path in its folder or shard, with or without the
+    suffix; or the file's name alone, in rows that have no folder or where no image has one.
+
+    Raises UserError for an image without a caption, or with two, for a name that several images
+    have and, unless `surplus` rows are allowed, for one that none has.
+    """
+    levels: list[dict[str, int | None]] = [{}, {}, {}, {}]
+    flat = not any("/" in item.name for item in items)
     for i, item in enumerate(items):
-        path = Path(item.name)
-        for key in {item.name, str(path.with_suffix("")), path.name, path.stem}:
-            keys[key] = i if key not in keys else None  # None: of several images
+        inner = item.name.partition("/")[2] if item.file.endswith(".tar") else item.name
+        file = Path(inner).name
+        for level, keys in zip(
+            levels,
+            ({item.name, inner}, {_stem(item.name), _stem(inner)}, {file}, {_stem(file)}),
+            strict=True,
+        ):
+            for key in keys:
+                level[key] = i if key not in level else None  # None: of several images
     found: dict[int, list[str]] = {}
     for name, captions in table.items():
-        options = (name, name.removeprefix("./"), Path(name).name, Path(name).stem)
-        known = [keys[option] for option in options if option in keys]
+        path = name.removeprefix("./")
+        whole, bare = {path, _stem(path)}, {Path(path).name, _stem(Path(path).name)}
+        options = [whole, whole, *([bare, bare] if flat or "/" not in path else [])]
+        ways = zip(levels, options, strict=False)
+        known = [level[key] for level, keys in ways for key in keys if key in level]
+        if not known and surplus:
+            continue
         if not known:
-            hint = nearest(name, list(keys)[:2000])
+            hint = nearest(name, [item.name for item in items[:2000]])
             raise UserError(f"{where} has a caption for {name}, and there is no such image: {hint}")
         if known[0] is None:
             raise UserError(f"{where}: {name} names several images: write the path inside the set")
@@ -113,6 +137,12 @@ def join(items: Sequence[Item], table: dict[str, list[str]], where: str) -> list
         if i not in found:
             raise UserError(f"{where} has no caption for the image {item.name}")
     return [found[i] for i in range(len(items))]
+
+
+def _stem(name: str) -> str:
+    """The name without the suffix of an image file."""
+    stem, _, suffix = name.rpartition(".")
+    return stem if stem and suffix.lower() in IMAGE_SUFFIXES else name
 
 
 class _Pairs(list):
@@ -132,10 +162,11 @@ def _listed(value: Any) -> list[str]:
 
 def _from_row(row: Any, where: str) -> tuple[str, list[str]]:
     """An image's name and captions, from a row of a table."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is no row of a table")
+    if not isinstance(row, (dict, _Pairs)):
+        raise UserError(f"{where} is no row of a table: it has to have an image and a caption")
+    row = dict(row)
     lower = {str(key).strip().lower(): value for key, value in row.items()}
-    name = next((lower[key] for key in IDS if lower.get(key)), None)
+    name = next((lower[key] for key in IDS if lower.get(key) not in (None, "")), None)
     if name is None:
         raise UserError(f"{where} names no image: a column of {', '.join(IDS)}")
     captions = [c for key in TEXTS if key in lower for c in _listed(lower[key])]
@@ -157,10 +188,7 @@ def _read_beside(image: Path) -> list[str]:
 
 def _read_shard(shard: str) -> dict[str, list[str]]:
     """The captions of a shard's samples, by their names as `list_shards` gives them."""
-    return {f"{Path(shard).name}/{key}": captions for key, captions in _members(shard)}
-
-
-def _members(shard: str) -> Iterator[tuple[str, list[str]]]:
+    found: dict[str, list[str]] = {}
     with tarfile.open(shard, "r:") as tar:  # `list_shards` has read it: it is there and whole
         for member in tar:
             folder, _, name = member.name.rpartition("/")
@@ -169,8 +197,10 @@ def _members(shard: str) -> Iterator[tuple[str, list[str]]]:
                 continue
             content = tar.extractfile(member).read()  # type: ignore[union-attr]
             captions = _from_text(content.decode("utf-8", "replace"), f"{shard}: {member.name}")
-            if captions:
-                yield f"{folder}/{stem}" if folder else stem, captions
+            name = f"{Path(shard).name}/{folder}/{stem}" if folder else f"{Path(shard).name}/{stem}"
+            if captions and (suffix == "txt" or name not in found):  # as it is in a folder
+                found[name] = captions
+    return found
 
 
 def _from_text(text: str, where: str) -> list[str]:
@@ -183,7 +213,7 @@ def _from_text(text: str, where: str) -> list[str]:
     for key in TEXTS:
         if record.get(key):
             return [str(c).strip() for c in _listed(record[key]) if str(c).strip()]
-    if "name" in record and "keywords" in record:
+    if "name" in record and isinstance(record.get("keywords"), list):
         name, keywords = str(record["name"]), [str(k) for k in record["keywords"]]
         return list(dict.fromkeys([name, ", ".join([name, *keywords]), *keywords]))
     return []

@@ -23,8 +23,9 @@ class Pairs:
     def __init__(
         self, images: ImageSet, table: str | None, tokenize: Callable[[Sequence[str]], Tensor]
     ) -> None:
-        """table: see `captions_of`. tokenize: texts -> ids (B, L) int64."""
-        self.captions = captions_of(images.items, table)
+        """table: see `captions_of`; it may have those of other images, too, as of the held-out
+        ones. tokenize: texts -> ids (B, L) int64."""
+        self.captions = captions_of(images.items, table, surplus=True)
         self.most = max(len(own) for own in self.captions)  # M
         self.tokenize = tokenize
 
@@ -51,10 +52,10 @@ class Pairs:
             "captions": torch.tensor(rows),  # (B, M)
         }
 
-    def describe(self) -> str:
-        total = sum(len(own) for own in self.captions)
-        distinct = len({text for own in self.captions for text in own})
-        return f"{total:,} captions, {distinct:,} of them distinct"
+    @property
+    def texts(self) -> list[str]:
+        """All captions, each once."""
+        return list(dict.fromkeys(text for own in self.captions for text in own))
 
 
 @lru_cache(2**16)

@@ -212,7 +212,7 @@ def ways_to_prompt(
     photos, without templates of their own: the names of the classes, and what `names` says."""
     own = source is not None and source not in imagenet()["templates"]
     plain = [spoken(name) for name in classes]
-    if set(classes) <= described().keys() and not own:
+    if set(classes) == described().keys() and not own:
         return {"class name": Way(plain, ["{}"]), "described": Way(names, ["{}"])}
     options = {"bare name": ["{}"], "one template": [found[0] if own else ONE], "ensemble": found}
     ways: dict[str, Way] = {}

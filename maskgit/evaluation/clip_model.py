@@ -21,9 +21,17 @@ class ClipModel:
     sha256: str
 
     @property
+    def published(self) -> str:
+        """What published weights are called ("ViT-B-32/openai"), where the hash of the file is
+        theirs; "" for others, whatever recipe they carry."""
+        recipe = recipes().get(self.model.config.recipe)
+        known = recipe and recipe.sha256 and self.sha256.startswith(recipe.sha256)
+        return self.model.config.recipe if known else ""
+
+    @property
     def name(self) -> str:
-        """What published weights are called ("ViT-B-32/openai"), else where they came from."""
-        return self.model.config.recipe or self.source
+        """What published weights are called, else where they came from."""
+        return self.published or self.source
 
     def describe(self) -> dict[str, Any]:
         """As it stands in metrics.json."""

@@ -38,6 +38,7 @@ from maskgit.engine.sources import (
 )
 from maskgit.evaluation.clip_model import ClipModel
 from maskgit.evaluation.extractors import precision
+from maskgit.evaluation.prompts import class_texts
 from maskgit.evaluation.sets import MAX_PIXELS, THREADS, PixelSet, ahead, read, unusable
 from maskgit.metadata import from_png
 
@@ -119,33 +120,43 @@ def _decode(item: Item) -> Image.Image:
         raise unusable(item, str(error)) from None
 
 
-def class_names(pictures: Pictures) -> list[str]:
-    """The class of each image: its folder's or its shard's, else what the image itself or the
-    metadata.json beside it says. Raises UserError for an image of no class."""
-    if pictures.classes:
-        bare = next((item for item in pictures.items if item.label < 0), None)
-        if bare is not None:
-            raise UserError(f"--labels: {bare.where} has no class: give it one, or --captions")
-        return [pictures.classes[item.label] for item in pictures.items]
+def records_of(pictures: Pictures) -> list[dict[str, Any]]:
+    """What each image, or else the metadata.json beside it, says that it was made by."""
     table = Path(pictures.name).expanduser() / RECORDS
     content = read_json(table) if table.is_file() else {}
-    records = content.get("images", []) if isinstance(content, dict) else []
-    listed = {r.get("file"): r.get("class") for r in records if isinstance(r, dict)}
-    found = []
-    for item, one in zip(pictures.items, pictures.looked, strict=True):
-        name = one.record.get("class") or listed.get(item.name)
+    listed = content.get("images", []) if isinstance(content, dict) else []
+    by_file = {r.get("file"): r for r in listed if isinstance(r, dict)}
+    pairs = zip(pictures.items, pictures.looked, strict=True)
+    return [one.record or by_file.get(item.name, {}) for item, one in pairs]
+
+
+def class_names(pictures: Pictures) -> list[str]:
+    """The class of each image: its folder's or its shard's, else what it was made as. Raises
+    UserError for an image of no class."""
+    if pictures.classes:
+        names = [pictures.classes[i] if i >= 0 else None for i in (x.label for x in pictures.items)]
+    else:
+        names = [record.get("class") for record in records_of(pictures)]
+    for item, name in zip(pictures.items, names, strict=True):
         if not isinstance(name, str):
             raise UserError(
                 f"--labels: {item.where} has no class: put it into a folder of that name, or give "
                 "--captions FILE"
             )
-        found.append(name)
-    return found
+    return [str(name) for name in names]
+
+
+def prompts_of(pictures: Pictures) -> list[Texts]:
+    """What the class of each image is called, see `class_texts`."""
+    names = class_names(pictures)
+    classes = pictures.classes or sorted(set(names))
+    known = dict(zip(classes, class_texts(classes), strict=True))
+    return [known[name] for name in names]
 
 
 def check_independent(pictures: Pictures, clip: ClipModel) -> str | None:
     """Why the score says less than it seems to: whether any image was chosen by this very CLIP."""
-    chosen_by = (one.record.get("rerank") for one in pictures.looked)
+    chosen_by = (record.get("rerank") for record in records_of(pictures))
     same = any(isinstance(by, dict) and by.get("sha256") == clip.sha256 for by in chosen_by)
     return DEPENDENT if same else None
 
@@ -174,7 +185,8 @@ def score_pictures(
     values = {f"CLIP-score-{convention}": clip_score(image, text, convention)}
     if references is not None:
         others = [texts_for(own, convention) for own in references]
-        features = encode_texts(clip.model, [t for own in others for t in own])
+        with precision("ieee"):
+            features = encode_texts(clip.model, [t for own in others for t in own])
         each = features.split([len(own) for own in others])
         values["RefCLIPScore"] = ref_clip_score(image, text, [each[i] for i in rows])
         full += [t for own in others for t in own]

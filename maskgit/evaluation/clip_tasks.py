@@ -247,4 +247,4 @@ def plot_shots(file: Path, metrics: Metrics, way: str, shots: Sequence[int]) -> 
 
 def expected(clip: ClipModel, inputs: Inputs) -> float | None:
     """What the paper states for these weights on these classes, with OpenAI's 80 templates."""
-    return published(clip.model.config.recipe, list(map(str, inputs.names)))
+    return published(clip.published, list(map(str, inputs.names)))

@@ -163,7 +163,7 @@ def _open_clip(source: str, device: torch.device, tf32: bool) -> Extractor:
         pixels = model.preprocess(images.float() / 255)  # (B, 3, h, w)
         return model.encode_image(pixels, normalize=False), None
 
-    name = clip_name(recipe.recipe)
+    name = clip_name(clip.published)
     h, w = recipe.image.size
     size = h if h == w else None
     return Extractor(name, clip.sha256, network, device, size, tf32=tf32, recipe=asdict(recipe))

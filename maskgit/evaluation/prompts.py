@@ -15,9 +15,10 @@ def described() -> dict[str, list[str]]:
 
 
 def class_texts(classes: Sequence[str]) -> list[Texts]:
-    """What each class is called: the described texts, if all are classes of the bundled set, else
-    its name with spaces for hyphens."""
+    """What each class is called: the described texts, if these are the classes of the bundled set,
+    all of them (a folder of one's own may be called "music", too), else its name with spaces for
+    hyphens."""
     known = described()
-    if set(classes) <= known.keys():
+    if set(classes) == known.keys():
         return [known[name] for name in classes]
     return [spoken(name) for name in classes]

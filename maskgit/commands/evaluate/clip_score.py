@@ -46,7 +46,6 @@ def run(args: argparse.Namespace) -> None:
     from maskgit.engine.captions import join, read_captions
     from maskgit.evaluation import clip_score, report
     from maskgit.evaluation.clip_model import open_clip_model
-    from maskgit.evaluation.prompts import class_texts
     from maskgit.evaluation.protocol import class_counts
 
     pick(CONVENTIONS, args.convention, "CLIP-score convention")
@@ -64,10 +63,10 @@ def run(args: argparse.Namespace) -> None:
     if args.captions:
         texts = join(pictures.items, captions[args.captions], str(args.captions))
     else:
-        names = clip_score.class_names(pictures)
-        prompts: Sequence[Texts] = class_texts(names)
+        prompts: Sequence[Texts] = clip_score.prompts_of(pictures)
         if args.template is not None:
-            prompts = class_prompts(map(spoken, names), [args.template])
+            names = map(spoken, clip_score.class_names(pictures))
+            prompts = class_prompts(names, [args.template])
         texts = [[own] for own in prompts]  # its several texts count as one
     references = None
     if args.references:
