@@ -34,7 +34,9 @@ def preprocess(images: Sequence[Image] | Tensor, config: CLIPConfig) -> Tensor:
         if not (pixels.min() >= -0.01 and pixels.max() <= 1.01):  # false of NaN, too
             raise UserError("images have values that are not in [0, 1]: divide bytes by 255")
     else:
-        if not isinstance(images, Sequence) or not all(hasattr(i, "resize") for i in images):
+        from PIL import Image
+
+        if not isinstance(images, Sequence) or not all(isinstance(i, Image.Image) for i in images):
             raise UserError(
                 "images have to be a list of PIL images, or a float tensor (B, 3, H, W) in [0, 1]"
             )

@@ -96,6 +96,11 @@ def test_several_captions_in_a_row(tmp_path):
         ("t.json", '{"a": "x", "b": 3, "c": "z"}', ["caption of b is empty or no text"]),
         ("t.json", '{"a": "x", "b": "y", "c": "z", "d": "w"}', ["for d", "no such image"]),
         ("t.json", '{"a": "x"', ["not JSON"]),
+        ("t.json", "5", ["no JSON object"]),
+        ("t.json", '"abc"', ["no JSON object"]),
+        ("t.json", '["a", "b"]', ["entry 0", "no row"]),
+        ("t.json", "[[1, 2]]", ["entry 0", "no row"]),
+        ("t.csv", f"image,caption\na,{'x' * 140_000}\n", ["field larger than"]),
         ("t.json", "{}", ["no captions"]),
         ("t.csv", "picture,words\na,x\n", ["line 2", "names no image", "filepath"]),
         ("t.csv", "image,words\na,x\n", ["line 2", "no caption: a column of", "title"]),
@@ -126,6 +131,51 @@ def test_a_name_that_several_images_share(tmp_path):
     one_line(error, "a names several images")
     (tmp_path / ".t.json").write_text('{"y/a": "second", "x/a.png": "first"}')
     assert captions_of(items(tmp_path), tmp_path / ".t.json") == [["first"], ["second"]]
+
+
+@pytest.mark.parametrize(
+    "table, parts",
+    [
+        ({"dog/000.png": "x", "cat/001.png": "y"}, ["dog/000.png", "no such image"]),
+        ({"cat/000": "x", "dog/001.png": "y", "cat/001": "z"}, ["cat/001", "no such image"]),
+        ({"cat/000": "x"}, ["no caption for the image dog/001.png"]),
+    ],
+)
+def test_a_path_is_never_taken_for_another(tmp_path, table, parts):
+    for name in ("cat/000.png", "dog/001.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(pictures(1)[0][1])
+    (tmp_path / ".t.json").write_text(json.dumps(table))
+    with pytest.raises(UserError) as error:
+        captions_of(items(tmp_path), tmp_path / ".t.json")
+    one_line(error, *parts)
+
+
+def test_names_inside_shards(folder):
+    for shard in "st":
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            tar.add(folder / "a.png", f"{shard}1.png")
+            tar.add(folder / "b.png", "deep/2.png")
+    found = list_shards([str(folder / f"{shard}.tar") for shard in "st"]).items
+    table = {"s1": "a", "t.tar/t1": "b", "s.tar/deep/2": "c", "t.tar/deep/2.png": "d"}
+    (folder / "t.json").write_text(json.dumps(table))
+    assert captions_of(found, folder / "t.json") == [["a"], ["c"], ["b"], ["d"]]
+    (folder / "t.json").write_text(json.dumps({**table, "deep/2": "e"}))
+    with pytest.raises(UserError) as error:
+        captions_of(found, folder / "t.json")
+    one_line(error, "deep/2 names several images")
+
+
+def test_text_goes_before_json_beside_an_image_and_in_a_shard(folder):
+    (folder / "a.txt").write_text("of the text")
+    (folder / "a.json").write_text('{"caption": "of the JSON", "keywords": null, "name": "x"}')
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        for suffix in ("txt", "png", "json"):
+            tar.add(folder / f"a.{suffix}", f"a.{suffix}")
+    assert captions_of(list_shards([str(folder / "s.tar")]).items) == [["of the text"]]
+    assert captions_of([item for item in items(folder) if item.name == "a.png"]) == [
+        ["of the text"]
+    ]
 
 
 def test_pairs_are_a_function_of_seed_and_step():

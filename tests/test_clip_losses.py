@@ -69,7 +69,7 @@ def test_positives_share_the_target():
     direct = -F.logsigmoid(sign * (9.0 * image @ text.T - 3.0)).sum() / 6
     assert torch.isclose(sigmoid_loss(image, text, 9.0, -3.0, keys), direct)
     alone = torch.arange(6)[:, None], torch.arange(6)
-    assert torch.equal(info_nce(image, text, 9.0, alone), info_nce(image, text, 9.0))
+    assert torch.isclose(info_nce(image, text, 9.0, alone), info_nce(image, text, 9.0))
     pairs = sigmoid_loss(image, text, 9.0, -3.0)
     assert torch.equal(sigmoid_loss(image, text, 9.0, -3.0, alone), pairs)
 

@@ -5,6 +5,7 @@ The weights are random, with a seed; features are of unit length, in fp32.
 
 import io
 import json
+import math
 
 import numpy as np
 import open_clip
@@ -441,3 +442,23 @@ def test_preprocess_refuses_what_it_cannot_scale():
         with pytest.raises(UserError) as error:
             model.preprocess(images)
         one_line(error, part)
+
+
+def test_what_preprocess_refuses():
+    config = CLIPConfig(image=ImageConfig(size=[32, 32]))
+    image = torch.rand(2, 3, 32, 40)
+    for bad in (image * 255, image.masked_fill(image > 0.9, math.nan), image - 1):
+        with pytest.raises(UserError) as error:
+            preprocess(bad, config)
+        one_line(error, "not in [0, 1]", "255")
+    for bad in ([image[0]], Image.new("RGB", (40, 40)), "image.png", image.numpy()):
+        with pytest.raises(UserError) as error:
+            preprocess(bad, config)
+        one_line(error, "list of PIL images")
+    for bad in (image[0], (image * 255).byte(), image[:, :1]):
+        with pytest.raises(UserError) as error:
+            preprocess(bad, config)
+        one_line(error, "floats (B, 3, H, W)")
+    with pytest.raises(UserError) as error:
+        preprocess([Image.new("RGB", (40, 7))], config)
+    one_line(error, "40x7", "too small")

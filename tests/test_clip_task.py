@@ -68,7 +68,7 @@ def test_a_locked_tower_is_run_once_and_never_changed(side, micro_batch):
     for _ in range(2):
         _, loss, _ = next(task.step(tiny_batch(), 0))
         loss.backward()
-    assert len(runs) == 1
+    assert len(runs) == len(task.kept)  # alone each, and once
     assert all(p.grad is None for p in tower.parameters())
     assert all(p.grad is not None for p in other.parameters())
     assert len(task.kept) == len({"image": range(6), "text": {5, 6, 7, 8, 9}}[side])
@@ -207,6 +207,68 @@ def test_going_on_is_exact(train, tmp_path):
     assert not all(torch.equal(whole[name], together[name]) for name in whole)
 
 
+def test_a_table_of_all_captions_serves_both_splits(train, tmp_path):
+    rows = "".join(f"{i}.png,drawing {i}\n" for i in range(12))
+    (tmp_path / "t.csv").write_text("image,caption\n" + rows)
+    for file in (tmp_path / "pairs").glob("*.txt"):
+        file.unlink()
+    status, out, err = train("captions=t.csv")
+    assert status == 0, err
+    assert "different captions, 0 of them cut" in out
+    (tmp_path / "pairs" / "t.csv").write_text("image,caption\n")
+    status, _, err = train("captions=pairs/t.csv", "run=other")
+    assert status == 2 and "lies among the images" in err
+
+
+def test_captions_that_are_cut_are_counted(train, tmp_path):
+    (tmp_path / "pairs" / "3.txt").write_text("a very long caption " * 9)
+    _, out, _ = train("data.heldout=0.1")
+    assert "1 of them cut" in out
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_going_on_with_a_locked_tower_is_exact(train, side):
+    train()
+    locked = [f"loss.locked={side}", "loss.varied=false", "init=run/export", "train.final_lr=1.0"]
+    locked += ["train.warmup=0", "loss.micro_batch=2"]
+    status, _, err = train("run=whole", *locked)
+    assert status == 0, err
+    train("run=parts", "train.steps=2", *locked)
+    train("run=parts", *locked)
+    whole, parts = (
+        CLIP.from_pretrained(f"{run}/export").state_dict() for run in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    start = CLIP.from_pretrained("run/export").state_dict()
+    tower = {"image": "visual.", "text": "text."}[side]
+    same = {name for name in whole if torch.equal(whole[name], start[name])}
+    assert {name for name in whole if name.startswith(tower)} <= same
+    assert "logit_scale" not in same
+
+
+def test_what_a_run_may_start_from(train):
+    train()
+    status, _, err = train("run=free", "init=run/export", "model.image.patch_dropout=0.5")
+    assert status == 0, err
+    large = ["data.size=[24,24]", "model.image.size=[24,24]", "train.steps=1", "train.warmup=1"]
+    status, _, err = train("run=large", "init=run/export", *large, "train.lr=1.0e-9")
+    assert status == 0, err
+    found = CLIP.from_pretrained("large/export").visual.positional_embedding
+    expected = CLIP.from_pretrained("run/export").visual.positions((3, 3))
+    assert torch.allclose(found, expected, atol=1e-6)
+    status, _, err = train("run=other", "init=run/export", "model.image.activation=quick_gelu")
+    assert status == 2 and "do not fit" in err and "activation" in err
+
+
+def test_the_loss_is_fp32_under_autocast():
+    model, batch = tiny().float(), tiny_batch()
+    task = CLIPTask(model, STILL, [])
+    image, text = (torch.nn.functional.normalize(torch.randn(6, 16), dim=1) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = task.loss(model, image, text, batch)
+    assert torch.equal(inside, task.loss(model, image, text, batch))
+
+
 @pytest.mark.parametrize(
     "settings, parts",
     [
@@ -221,6 +283,13 @@ def test_going_on_is_exact(train, tmp_path):
         (["model.loss=sigmoid", "loss.smoothing=0.1"], ["InfoNCE"]),
         (["model.image.tower=swin"], ["image tower", "vit"]),
         (["model.image.with=3"], ["with", "width"]),
+        (["model.max_scale=0.5"], ["max_scale=0.5"]),
+        (["model.embed=0"], ["embed=0"]),
+        (["data.size=[32,16]"], ["data.size=[32, 16]", "[16, 16]"]),
+        (
+            ["loss.locked=image", "loss.varied=false", "init=run", "data.mirror=true"],
+            ["run"],
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(train, tmp_path, settings, parts):

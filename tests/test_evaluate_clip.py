@@ -1,6 +1,7 @@
 """`maskgit evaluate clip`: what it measures and writes, and what it refuses before the work."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,14 +10,17 @@ from conftest import one_line
 from PIL import Image
 
 from clip import CLIP, CLIPConfig, ImageConfig, TextConfig
+from clip.recipes import recipes
+from clip.texts import spoken
 from clip.zero_shot import imagenet, wilson
 from maskgit.commands.main import main
 from maskgit.common import UserError
+from maskgit.common.folder import ASSETS
 from maskgit.evaluation.clip_inputs import match_labels, read_list, resolve, ways_to_prompt
 from maskgit.evaluation.clip_model import open_clip_model
 from maskgit.evaluation.clip_score import open_pictures
 from maskgit.evaluation.clip_tasks import chance_of, expected, features_of
-from maskgit.evaluation.prompts import class_texts
+from maskgit.evaluation.prompts import class_texts, described
 
 COLOURS = {"red-ball": (220, 40, 40), "green-ball": (30, 180, 60), "sea": (40, 80, 220)}
 
@@ -257,7 +261,9 @@ def test_imagenets_names_go_by_the_order_of_the_classes(tmp_path, sets, model):
     clip = open_clip_model(str(model), "cpu")
     assert expected(clip, inputs) is None
     clip.model.config.recipe = "ViT-L-14/openai"
-    assert expected(clip, inputs) == pytest.approx(0.753)
+    assert expected(clip, inputs) is None and clip.name == str(model)  # the name alone is nothing
+    clip = replace(clip, sha256=recipes()["ViT-L-14/openai"].sha256.ljust(64, "0"))
+    assert expected(clip, inputs) == pytest.approx(0.753) and clip.name == "ViT-L-14/openai"
     inputs.names = inputs.names[::-1]
     assert expected(clip, inputs) is None
 
@@ -270,19 +276,21 @@ def test_equal_ways_of_making_prompts_are_measured_once():
 
 
 def test_the_bundled_classes_are_described_in_words_of_captions():
-    classes = ["cat-face", "animal-mammal"]
+    classes = list(described())
+    assert sorted(classes) == sorted(json.loads((ASSETS / "emoji" / "labels.json").read_text()))
     names = class_texts(classes)
-    assert "cat face" in names[0] and len(names[1]) > 3
+    assert "cat face" in names[classes.index("cat-face")]
+    assert all(names) and all(text.strip() for own in names for text in own)
     ways = ways_to_prompt(classes, names, ["a photo of a {}."], None)
     assert ways == {
-        "class name": (["cat face", "animal mammal"], ["{}"]),
+        "class name": ([spoken(name) for name in classes], ["{}"]),
         "described": (names, ["{}"]),
     }
     assert set(ways_to_prompt(classes, names, ["my {}"], "mine.txt")) == {
         "bare name",
         "one template",
     }
-    assert class_texts(["cat-face", "my-own"]) == ["cat face", "my own"]
+    assert class_texts(["cat-face", "music"]) == ["cat face", "music"]  # a folder of one's own
 
 
 def test_lists_come_as_lines_or_json(tmp_path):
