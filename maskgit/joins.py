@@ -1,14 +1,15 @@
-"""How each kind of run joins its task with its data: the task, batches, what it validates on."""
+"""How a run is begun or gone on with, and how each kind joins its task with its data."""
 
-from __future__ import annotations
-
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import yaml
+from omegaconf import OmegaConf
 
 from clip import CLIP
 from clip.model import VisionTransformer
@@ -18,23 +19,63 @@ from maskgit.common.device import pick_device
 from maskgit.common.folder import file_hash, find, load_weights
 from maskgit.engine.config import differences
 from maskgit.engine.data import ImageSet, batches, in_order, open_images
-from maskgit.engine.loop import Batch, Task
+from maskgit.engine.loop import Batch, Task, make_accelerator, train
 from maskgit.engine.pairs import Pairs
 from maskgit.engine.tokens import cached, fixed_batches, token_batches, tokenize
 from maskgit.evaluation.classifier import Classifier
 from maskgit.evaluation.classifier_task import ClassifierTask
 from maskgit.evaluation.prompts import class_texts
 from maskgit.model import MaskGIT
+from maskgit.runs import ClassifierRun, CLIPRun, MaskGITRun, Run, VQGANRun
 from maskgit.task import MaskGITTask
 from vqgan import VQGAN
 from vqgan.task import VQGANTask
 
-if TYPE_CHECKING:
-    from maskgit.runs import ClassifierRun, CLIPRun, MaskGITRun, Run, VQGANRun
-
 Say = Callable[[str], None]
 Sets = dict[str, Callable[[], Iterable[Batch]]]
 Joined = tuple[Task, Callable[[int], Iterator[Batch]], Sets]
+# What a run that goes on may change.
+FREE = {"run", "size", "data.workers", "sampling"}
+FREE |= {f"train.{name}" for name in ("steps", "device", "compile", "keep_last")}
+FREE |= {f"train.{name}_every" for name in ("log", "validate", "draw", "save")}
+
+
+def start(run: Any, say: Say = print) -> dict[str, float] | None:
+    """Train, or go on training, what `run` describes: the last metrics, None if it had finished."""
+    folder = Path(run.run)
+    settings = OmegaConf.structured(run).copy()  # as given: joining fills in what follows from data
+    check_folder(folder, OmegaConf.to_container(settings))
+    make_accelerator(run.train)  # raises now, if it cannot be had
+    torch.manual_seed(run.train.seed)
+    task, stream, validation = JOINS[run.task](run, folder, say)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial_file = folder / ".config.yaml"
+    partial_file.write_text(OmegaConf.to_yaml(settings))
+    partial_file.replace(folder / "config.yaml")
+    return train(task, stream, validation, run.train, folder, say)
+
+
+def check_folder(folder: Path, settings: Any) -> None:
+    """Refuse to go on with a run that other settings began; or in a folder that is not writable."""
+    above = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to run={folder}: {above} is no folder that lets one")
+    if not any((folder / "checkpoints").glob("step_*")):
+        return
+    try:
+        before = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        raise UserError(f"{folder} has checkpoints but no config.yaml: give run=ANOTHER") from None
+    changed = [
+        line
+        for line in differences(before, settings)
+        if not FREE & {(key := line.split(":")[0]), key.split(".")[0]}
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with another config ({'; '.join(changed)}): "
+            f"give run=ANOTHER_FOLDER, or delete this one"
+        )
 
 
 def vqgan_run(run: VQGANRun, folder: Path, say: Say) -> Joined:

@@ -1,34 +1,23 @@
-"""Training runs: what their configs hold, and how one is begun or gone on with."""
+"""Training runs: what their configs hold."""
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from clip.config import CLIPConfig
 from clip.task import CLIPLossConfig
 from maskgit.common import UserError, pick
-from maskgit.engine.config import build, differences, merge
+from maskgit.engine.config import build, merge
 from maskgit.engine.data import DataConfig
-from maskgit.engine.loop import TrainConfig, make_accelerator, train
+from maskgit.engine.loop import TrainConfig
 from maskgit.evaluation.classifier import ClassifierConfig
 from maskgit.evaluation.classifier_task import ClassifierLossConfig
-from maskgit.joins import JOINS
 from maskgit.model import SIZES, MaskGITConfig
 from maskgit.task import MaskGITLossConfig
 from vqgan import VQGANConfig
 from vqgan.discriminator import DiscriminatorConfig
 from vqgan.task import VQGANLossConfig
-
-# What a run that goes on may change.
-FREE = {"run", "size", "data.workers", "sampling"}
-FREE |= {f"train.{name}" for name in ("steps", "device", "compile", "keep_last")}
-FREE |= {f"train.{name}_every" for name in ("log", "validate", "draw", "save")}
 
 
 @dataclass
@@ -104,41 +93,3 @@ def resolve(content: dict[str, Any], overrides: DictConfig, smoke: bool) -> tupl
         listed = ", ".join(f"model.{name}" for name in follows)
         raise UserError(f"what must follow from tokenizer, data and loss cannot be set: {listed}")
     return run, expect
-
-
-def start(run: Any, say: Callable[[str], None] = print) -> dict[str, float] | None:
-    """Train, or go on training, what `run` describes: the last metrics, None if it had finished."""
-    folder = Path(run.run)
-    settings = OmegaConf.structured(run).copy()  # as given: joining fills in what follows from data
-    check_folder(folder, OmegaConf.to_container(settings))
-    make_accelerator(run.train)  # raises now, if it cannot be had
-    torch.manual_seed(run.train.seed)
-    task, stream, validation = JOINS[run.task](run, folder, say)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial_file = folder / ".config.yaml"
-    partial_file.write_text(OmegaConf.to_yaml(settings))
-    partial_file.replace(folder / "config.yaml")
-    return train(task, stream, validation, run.train, folder, say)
-
-
-def check_folder(folder: Path, settings: Any) -> None:
-    """Refuse to go on with a run that other settings began; or in a folder that is not writable."""
-    above = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to run={folder}: {above} is no folder that lets one")
-    if not any((folder / "checkpoints").glob("step_*")):
-        return
-    try:
-        before = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
-        raise UserError(f"{folder} has checkpoints but no config.yaml: give run=ANOTHER") from None
-    changed = [
-        line
-        for line in differences(before, settings)
-        if not FREE & {(key := line.split(":")[0]), key.split(".")[0]}
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} holds a run with another config ({'; '.join(changed)}): "
-            f"give run=ANOTHER_FOLDER, or delete this one"
-        )

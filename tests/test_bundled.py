@@ -14,7 +14,7 @@ from maskgit.engine.data import DataConfig, in_order, open_images
 from maskgit.engine.tokens import fixed_batches, tokenize
 from maskgit.evaluation.classifier import Classifier
 from maskgit.evaluation.classifier_task import ClassifierLossConfig, ClassifierTask
-from maskgit.runs import ClassifierRun, MaskGITRun, VQGANRun
+from maskgit.runs import ClassifierRun, CLIPRun, MaskGITRun, VQGANRun
 from maskgit.task import MaskGITLossConfig, MaskGITTask
 from vqgan.discriminator import DiscriminatorConfig
 from vqgan.task import VQGANLossConfig, VQGANTask
@@ -108,6 +108,7 @@ def test_schemas_cover_the_bundled_configs():
         "emoji_vqgan": VQGANRun,
         "emoji_maskgit": MaskGITRun,
         "emoji_classifier": ClassifierRun,
+        "emoji_clip": CLIPRun,
     }
     for name, schema in schemas.items():
         content = read_yaml(name, [ROOT / "configs"])

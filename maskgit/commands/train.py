@@ -23,22 +23,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from maskgit import runs
     from maskgit.engine.config import parse_overrides, read_yaml
     from maskgit.engine.loop import Stopped
+    from maskgit.joins import start
+    from maskgit.runs import resolve
 
     content = read_yaml(args.config, CONFIGS)
-    described, expect = runs.resolve(content, parse_overrides(args.settings), args.smoke)
-    start = time.monotonic()
+    described, expect = resolve(content, parse_overrides(args.settings), args.smoke)
+    begun = time.monotonic()
     if args.smoke and expect:
         print(f"expect: {expect}")
     try:
-        last = runs.start(described)
+        last = start(described)
     except Stopped as stopped:
         return stopped.status
     if last is None:
         print(f"{described.run} has finished its {described.train.steps} steps: nothing to do")
         return 0
-    print(f"reached: loss {last['loss']:.3f} in {time.monotonic() - start:.0f} s")
+    print(f"reached: loss {last['loss']:.3f} in {time.monotonic() - begun:.0f} s")
     print(Path(described.run) / "export")
     return 0

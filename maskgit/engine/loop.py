@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,7 +112,8 @@ def train(
         return None
     journal = Journal(run, start)
     last: dict[str, float] = {}
-    with meter(config.steps, "step", done=start) as advance, _caught_signals() as stop:
+    progress = meter(config.steps, "step", done=start)
+    with progress as advance, _caught_signals() as stop, closing(journal.board):
         stream = batches(start)
         interval, seconds = [], 0.0
         for step in range(start, config.steps):
