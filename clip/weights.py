@@ -179,9 +179,9 @@ def _known(path: Path, found: Mapping[str, Any], scripted: bool) -> CLIPConfig:
     nearest_names = fits or sorted(alike, key=lambda name: -alike[name])[:3]
     listed = ", ".join(nearest_names[:6]) + (", ..." if len(nearest_names) > 6 else "")
     raise UserError(
-        f"{path}: bare weights leave heads, activation, mean, std and resize open: give the "
-        f"recipe=NAME that they were trained by ({'these fit' if fits else 'none fits, nearest'}: "
-        f"{listed}), or put {OPENCLIP[0]} beside {OPENCLIP[1][1]}"
+        f"{path}: bare weights leave heads, activation, mean, std and resize open: give the recipe "
+        f"that they were trained by, recipe=NAME or {path.name}@NAME to a command "
+        f"({'these fit' if fits else 'none fits, nearest'}: {listed}), or put {OPENCLIP[0]} beside {OPENCLIP[1][1]}"
     )
 
 

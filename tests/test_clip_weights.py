@@ -18,6 +18,7 @@ from clip import CLIP, CLIPConfig, ImageConfig, TextConfig
 from clip.layouts import claims, contradiction, measure, to_native
 from clip.recipes import Recipe, recipe_config, recipes
 from maskgit.common import UserError
+from maskgit.evaluation.clip_model import open_clip_model
 
 # A small model of OpenAI's design: heads of 64 channels, QuickGELU.
 SMALL = {
@@ -154,6 +155,17 @@ def test_bare_weights_are_asked_about(tmp_path, small_recipe):
     with pytest.raises(UserError) as error:
         CLIP.from_pretrained(tmp_path / "b.pt", recipe="ViT-B-32/opnai")
     one_line(error, "unknown recipe 'ViT-B-32/opnai'", "ViT-B-32/openai")
+
+
+def test_a_command_takes_the_recipe_behind_the_file(tmp_path, small_recipe):
+    torch.save(theirs().state_dict(), tmp_path / "a.pt")
+    opened = open_clip_model(f"{tmp_path}/a.pt@small/test", torch.device("cpu"))
+    direct = CLIP.from_pretrained(tmp_path / "a.pt", recipe="small/test").state_dict()
+    assert all(torch.equal(direct[k], v) for k, v in opened.model.state_dict().items())
+    assert opened.name == f"{tmp_path}/a.pt@small/test" and len(opened.sha256) == 64
+    with pytest.raises(UserError) as error:
+        open_clip_model(f"{tmp_path}/a.pt", torch.device("cpu"))
+    one_line(error, "a.pt@NAME to a command")
 
 
 def test_known_by_hash_or_by_name(tmp_path, monkeypatch, small_recipe):

@@ -40,9 +40,13 @@ class ClipModel:
 
 
 def open_clip_model(source: str, device: torch.device) -> ClipModel:
-    """The CLIP that `CLIP.from_pretrained(source)` gives. Raises UserError as that does."""
-    model = CLIP.from_pretrained(source).to(device).eval()
-    return ClipModel(model, source, file_hash(weights_file(source)))
+    """The CLIP that `CLIP.from_pretrained(source)` gives; of bare weights, "FILE@RECIPE". Raises
+    UserError as that does."""
+    file, _, recipe = source.rpartition("@")
+    if not Path(file).expanduser().is_file():
+        file, recipe = source, ""
+    model = CLIP.from_pretrained(file, recipe=recipe or None).to(device).eval()
+    return ClipModel(model, source, file_hash(weights_file(file)))
 
 
 def weights_file(source: str) -> Path:
