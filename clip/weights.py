@@ -181,7 +181,8 @@ def _known(path: Path, found: Mapping[str, Any], scripted: bool) -> CLIPConfig:
     raise UserError(
         f"{path}: bare weights leave heads, activation, mean, std and resize open: give the recipe "
         f"that they were trained by, recipe=NAME or {path.name}@NAME to a command "
-        f"({'these fit' if fits else 'none fits, nearest'}: {listed}), or put {OPENCLIP[0]} beside {OPENCLIP[1][1]}"
+        f"({'these fit' if fits else 'none fits, nearest'}: {listed}), or put {OPENCLIP[0]} beside "
+        f"{OPENCLIP[1][1]}"
     )
 
 
