@@ -190,7 +190,7 @@ def test_a_sharper_decoder_leaves_every_token_as_it_was(compiled, own, said, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["emoji_vqgan", "emoji_decoder", "emoji_maskgit", "emoji_classifier"]
+    "name", ["emoji_vqgan", "emoji_decoder", "emoji_maskgit", "emoji_classifier", "emoji_clip"]
 )
 def test_smoke_run_reaches_the_loss_that_it_announces(name, maskgit, tmp_path):
     done = maskgit("train", name, "--smoke", f"run={tmp_path / 'run'}")
