@@ -43,7 +43,7 @@ def info_nce(
     if len(images) < 2:
         raise UserError("a batch of one pair has nothing to contrast: take 2 or more")
 
-    own = torch.arange(len(image), device=image.device) + rank() * len(image)
+    own = own_rows(image)
     forward, backward = (own, own) if keys is None else _shares(keys, own, image.dtype, smoothing)
 
     def direction(rows: Tensor, columns: Tensor, target: Tensor) -> Tensor:
@@ -79,8 +79,7 @@ def sigmoid_loss(
     """
     check_pairs(image, text)
     texts = gather(text).split(len(text))
-    own = torch.arange(len(image), device=image.device) + rank() * len(image)
-    together = positives(keys, own)[0].split(len(text), 1)
+    together = positives(keys, own_rows(image))[0].split(len(text), 1)
 
     def part(image: Tensor, other: Tensor, sign: Tensor) -> Tensor:
         return -F.logsigmoid(sign * (scale * image @ other.T + bias)).sum() / len(image)
@@ -113,6 +112,11 @@ def check_pairs(image: Tensor, text: Tensor) -> None:
             f"features of images {tuple(image.shape)} and of texts {tuple(text.shape)} do not "
             "match: both have to be (B, E)"
         )
+
+
+def own_rows(rows: Tensor) -> Tensor:
+    """Where the (B, ...) of this process stand in what `gather` makes of them: (B,) int64."""
+    return torch.arange(len(rows), device=rows.device) + rank() * len(rows)
 
 
 def world() -> int:

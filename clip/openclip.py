@@ -67,7 +67,6 @@ def _config(where: Path, model: dict[str, Any], pixels: dict[str, Any]) -> CLIPC
             "std": pixels.get("std", STD),
             "resize": pick(RESIZES, pixels.get("resize_mode", "shortest"), "resize_mode"),
             "interpolation": pick(FILTERS, pixels.get("interpolation", "bicubic"), "interpolation"),
-            "recipe": f"OpenCLIP {where.parent.name}",
         },
     )
 

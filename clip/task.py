@@ -159,19 +159,16 @@ class CLIPTask:
 
     def loss(self, model: CLIP, image: Tensor, text: Tensor, batch: Batch) -> Tensor:
         """The recipe's loss of a batch of features, in fp32 whatever the towers ran in."""
-        with torch.autocast(image.device.type, enabled=False):
-            return self._loss(model, image, text, batch)
-
-    def _loss(self, model: CLIP, image: Tensor, text: Tensor, batch: Batch) -> Tensor:
-        label, scale = batch["label"], model.logit_scale.exp()
+        config, label, scale = self.config, batch["label"], model.logit_scale.exp()
         keys = {
             "pair": None,
             "caption": (batch["captions"], batch["caption"]),
             "class": (label[:, None], label),
-        }[self.config.positives]
-        if model.logit_bias is not None:
-            return sigmoid_loss(image, text, scale, model.logit_bias, keys)
-        return info_nce(image, text, scale, keys, self.config.weight, self.config.smoothing)
+        }[config.positives]
+        with torch.autocast(image.device.type, enabled=False):
+            if model.logit_bias is not None:
+                return sigmoid_loss(image, text, scale, model.logit_bias, keys)
+            return info_nce(image, text, scale, keys, config.weight, config.smoothing)
 
     def watch(self, above: Tensor, start: float, step: int) -> None:
         """Warn, once, of a loss that stays where it started."""

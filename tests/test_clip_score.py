@@ -382,7 +382,7 @@ def test_tables_that_do_not_fit_the_images(table, parts, said, drawings, tmp_pat
     [
         ("set", "--captions --labels is required"),
         ("set --labels --captions captions.json", "not allowed with"),
-        ("set --captions nowhere.json", "no captions at nowhere.json"),
+        ("set --captions nowhere.json", "no file nowhere.json: check the path"),
         ("set --captions captions.txt", "come as .csv"),
         ("set --captions captions.json --convention hesel", "did you mean 'hessel'"),
         ("set --captions captions.json --template {}", "give it with --labels"),

@@ -53,6 +53,17 @@ def _download(name: str, revision: str | None) -> Path:
         ) from None
 
 
+def read_text(path: str | Path) -> str:
+    """The content of a text file that a person wrote; UserError when it is missing or no UTF-8."""
+    path = Path(path).expanduser()
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"no file {path}: check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file; UserError when it is missing or not JSON."""
     try:

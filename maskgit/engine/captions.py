@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskgit.common import UserError, nearest
+from maskgit.common.folder import read_text
 from maskgit.engine.sources import IMAGE_SUFFIXES, Item
 
 IDS = ("image", "id", "file", "filepath", "file_name", "filename", "key", "name")
@@ -53,13 +54,7 @@ def read_captions(path: str | Path) -> dict[str, list[str]]:
     further captions stand in columns that begin with "caption". JSON: {image: caption or list of
     them}, or a list of such rows. Raises UserError for an image named twice and an empty caption.
     """
-    path = Path(path).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"no captions at {path}: check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
+    path, text = Path(path), read_text(path)
     if path.suffix in DELIMITERS:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=DELIMITERS[path.suffix])
         try:

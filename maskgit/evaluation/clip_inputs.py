@@ -12,6 +12,7 @@ from torch import Tensor
 from clip.texts import Texts, check_templates, spoken
 from clip.zero_shot import imagenet, templates
 from maskgit.common import UserError, nearest, pick
+from maskgit.common.folder import read_text
 from maskgit.engine.captions import captions_of
 from maskgit.engine.sources import BUNDLED_SHARDS
 from maskgit.evaluation.clip_score import Pictures, open_pictures
@@ -135,13 +136,7 @@ def read_list(source: str) -> list[Any] | dict[str, Any]:
 
     Raises UserError for a file that is missing, no text or empty, and for an empty text.
     """
-    path = Path(source).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"no file {source}: give one, or imagenet for what OpenAI took") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source} cannot be read as UTF-8 text ({error})") from None
+    path, text = Path(source), read_text(source)
     found: Any = [line.strip() for line in text.splitlines() if line.strip()]
     if path.suffix == ".json":
         try:

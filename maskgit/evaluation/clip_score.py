@@ -1,6 +1,5 @@
 """CLIP-score of a set of images with their captions, or with prompts of their classes."""
 
-import csv
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from clip.score import (
 )
 from clip.texts import Texts, count_cut, encode_texts, several
 from maskgit.common import UserError
-from maskgit.common.folder import read_json, write_whole
+from maskgit.common.folder import read_json
 from maskgit.common.progress import progress
 from maskgit.engine.images import BadImage, decode
 from maskgit.engine.sources import (
@@ -234,12 +233,3 @@ def _over_captions(scores: Tensor, rows: Sequence[int]) -> Tensor:
     index = torch.tensor(rows)
     total = torch.zeros(rows[-1] + 1, dtype=torch.float64).index_add_(0, index, scores.double())
     return total / index.bincount()
-
-
-def write_scores(file: Path, table: Sequence[dict[str, Any]]) -> None:
-    """The rows as a CSV file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    write_whole(file, text.getvalue().encode())

@@ -5,7 +5,6 @@ interval, and `n`, the trials that the interval counts.
 """
 
 import hashlib
-import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,7 +26,6 @@ from clip.zero_shot import (
     zero_shot,
 )
 from maskgit.common import UserError
-from maskgit.common.folder import write_whole
 from maskgit.common.progress import meter, progress
 from maskgit.evaluation import cache, report
 from maskgit.evaluation.clip_inputs import Inputs
@@ -239,10 +237,7 @@ def plot_shots(file: Path, metrics: Metrics, way: str, shots: Sequence[int]) -> 
     axis.minorticks_off()
     axis.legend(fontsize=8)
     figure.tight_layout()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    pyplot.close(figure)
-    write_whole(file, image.getvalue())
+    report.save_figure(file, figure)
 
 
 def expected(clip: ClipModel, inputs: Inputs) -> float | None:

@@ -101,7 +101,7 @@ def title(metric: str, extractor: str, count: int) -> str:
 
 def clip_name(recipe: str) -> str:
     """What a CLIP is called as an extractor, by its recipe's name ("" for one that has none)."""
-    return "-".join(["clip", *recipe.replace("/", " ").split()])
+    return f"clip-{recipe.replace('/', '-')}" if recipe else "clip"
 
 
 def is_clip(extractor: str) -> bool:

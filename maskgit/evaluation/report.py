@@ -1,16 +1,20 @@
 """What an evaluation leaves behind: `metrics.json`, tables, and sheets to look at."""
 
+import csv
 import io
 import platform
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maskgit.common import UserError
 from maskgit.common.folder import FORMAT_VERSION, read_json, write_json, write_whole
 from maskgit.evaluation.protocol import apart, judge, verdict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PACKAGES = ("maskgit", "torch", "torchvision", "torch-fidelity", "numpy", "pillow")
 WIDE = 1000  # columns where no terminal limits them, so that nothing is cut
@@ -114,3 +118,22 @@ def compare(files: Sequence[Path]) -> None:
     print(
         "NOT COMPARABLE with each other" if different else "comparable: all that matters is equal"
     )
+
+
+def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of one make, at least one, as a CSV file with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(file, text.getvalue().encode())
+
+
+def save_figure(file: Path, figure: "Figure") -> None:
+    """A figure of matplotlib's as a PNG; the figure is closed."""
+    from matplotlib import pyplot
+
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    pyplot.close(figure)
+    write_whole(file, image.getvalue())

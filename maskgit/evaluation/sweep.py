@@ -1,7 +1,5 @@
 """Scores of one model over its sampler's settings: a grid of cells, each kept when it is done."""
 
-import csv
-import io
 import shutil
 import time
 from collections.abc import Sequence
@@ -9,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from maskgit.common.folder import read_json, write_json, write_whole
+from maskgit.common.folder import read_json, write_json
 from maskgit.evaluation import generate
+from maskgit.evaluation.report import save_figure
 from maskgit.evaluation.score import Scorer, score
 from maskgit.evaluation.sets import open_pixels
 from maskgit.pipeline import Pipeline
@@ -68,14 +67,6 @@ def run_cell(
     return row
 
 
-def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(file, text.getvalue().encode())
-
-
 def plot(file: Path, rows: Sequence[dict[str, Any]], quality: str, diversity: str | None) -> None:
     """Quality against steps, a line for each schedule and guidance; and quality against diversity
     along guidance, a line for each schedule at the number of steps that is best for it."""
@@ -108,7 +99,4 @@ def plot(file: Path, rows: Sequence[dict[str, Any]], quality: str, diversity: st
         axes[0][1].set(xlabel=f"{diversity} (numbers: guidance)", ylabel=quality)
         axes[0][1].legend(fontsize=7)
     figure.tight_layout()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    pyplot.close(figure)
-    write_whole(file, image.getvalue())
+    save_figure(file, figure)

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         "dtype": "fp32",
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    clip_score.write_scores(args.out / "scores.csv", rows)
+    report.write_csv(args.out / "scores.csv", rows)
     report.print_result(report.finish(args.out, result))
     if how["not_independent"]:
         print(f"NOT INDEPENDENT: {how['not_independent']}")

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from maskgit.evaluation import generate, report
     from maskgit.evaluation.processes import Processes
     from maskgit.evaluation.protocol import title
-    from maskgit.evaluation.sweep import Cell, plot, run_cell, write_csv
+    from maskgit.evaluation.sweep import Cell, plot, run_cell
 
     if Processes().count > 1:
         raise UserError("a sweep takes one process: start it without a launcher")
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     named = [title(name, ready.scorer.extractor.name, args.num) for name in ("fid", "recall")]
     columns = list(rows[0])
     report.table(columns, [[show(row[name]) for name in columns] for row in rows])
-    write_csv(args.out / "sweep.csv", rows)
+    report.write_csv(args.out / "sweep.csv", rows)
     write_json(args.out / "sweep.json", {"cells": rows, **plan})
     if named[0] in columns:
         plot(args.out / "sweep.png", rows, named[0], named[1] if named[1] in columns else None)
