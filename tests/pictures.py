@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+from conftest import pictures
 from PIL import Image
 
 from maskgit.engine.data import DataConfig
@@ -34,3 +35,15 @@ def make_folder(root, classes, each):
 
 def config(path, **options):
     return DataConfig(path=str(path), size=list(SIZE), **options)
+
+
+def drawings(size, count):
+    """Bundled drawings with noise on them, at `size` (width, height)."""
+    noise = np.random.default_rng(0)
+    images = []
+    for _, content in pictures(count):
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        grain = noise.normal(0, 12, (size[1], size[0], 3))
+        images.append(Image.fromarray(np.uint8(np.clip(np.asarray(image) + grain, 0, 255))))
+    return images

@@ -3,24 +3,20 @@
 The weights are random, with a seed; features are of unit length, in fp32.
 """
 
-import io
 import json
-import math
 
-import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import one_line, pictures
-from PIL import Image
+from conftest import one_line
+from pictures import drawings
 from safetensors.torch import save_file
 
 import clip.recipes
 from clip import CLIP, CLIPConfig, ImageConfig, TextConfig
 from clip.huggingface import save_huggingface
-from clip.preprocess import preprocess
 from maskgit.common import UserError
 
 CLOSE = 1e-5
@@ -290,175 +286,3 @@ def test_what_transformers_does_not_have_is_not_written(tmp_path):
         save_huggingface(CLIP(config), tmp_path / "none")
     one_line(error, "[32, 64]", "SigLIP")
     assert not (tmp_path / "none").exists()
-
-
-# What goes wrong in silence, elsewhere.
-
-
-def small(**options):
-    """A CLIP of ours with random weights."""
-    image = {"size": [32, 32], "patch": 8, "width": 64, "depth": 2, "heads": 4}
-    text = {"merges": 500, "context": 12, "width": 32, "depth": 2, "heads": 4}
-    image |= options.pop("image", {})
-    text |= options.pop("text", {})
-    torch.manual_seed(0)
-    return shaken(CLIP(CLIPConfig(24, ImageConfig(**image), TextConfig(**text), **options)))
-
-
-@pytest.mark.parametrize(
-    "other",
-    [{"image": {"heads": 8}}, {"text": {"heads": 8}}, {"image": {"activation": "quick_gelu"}}],
-)
-def test_other_heads_or_activation_load_and_are_wrong(other):
-    """Which is why bare weights are refused (test_clip_weights.py): nothing else would tell."""
-    right, wrong = small(), small(**other)
-    wrong.load_state_dict(right.state_dict())
-    pixels, ids = inputs((32, 32), right.config.text.rows)
-    gaps = [
-        (a - b).abs().max()
-        for a, b in zip(features(right, pixels, ids), features(wrong, pixels, ids), strict=True)
-    ]
-    assert max(gaps) > 100 * CLOSE
-
-
-def test_padding_changes_nothing():
-    model = small()
-    _, ids = inputs((32, 32), model.config.text.rows)
-    padded = torch.where(ids == 0, model.config.text.rows - 1, ids)
-    assert not torch.equal(ids, padded)
-    close([model.encode_text(ids)], [model.encode_text(padded)])
-
-
-def test_captions_that_are_too_long_keep_embeddings_of_their_own():
-    model = small()
-    texts = [" ".join([word] * 40) for word in ("cat", "dog", "house", "sun")]
-    assert model.tokenizer.too_long(texts) == [True] * 4
-    ids = model.tokenize(texts)
-    assert (ids == model.config.text.rows - 1).any(1).all()  # the end token is there
-    distances = torch.cdist(model.encode_text(ids), model.encode_text(ids))
-    assert distances[~torch.eye(4, dtype=torch.bool)].min() > 0.01
-
-
-@pytest.mark.parametrize("size", [(32, 32), (48, 32), (16, 80)])
-def test_other_input_sizes(size):
-    model = small()
-    pixels, _ = inputs(size)
-    found = model.encode_image(pixels)
-    assert found.shape == (5, 24) and found.isfinite().all()
-    table = model.visual.positions((size[0] // 8, size[1] // 8))
-    assert table.shape == (1 + size[0] * size[1] // 64, 64)
-    assert torch.equal(table[0], model.visual.positional_embedding[0])
-    if size == (32, 32):
-        assert torch.equal(table, model.visual.positional_embedding)
-        return
-    # As open_clip stretches them on loading.
-    target = open_clip.CLIP(24, {**VISION, "image_size": size}, TEXT)
-    state = {"visual.positional_embedding": model.visual.positional_embedding.detach().clone()}
-    open_clip.model.resize_pos_embed(state, target)
-    assert (state["visual.positional_embedding"] - table).abs().max() < CLOSE
-
-
-def test_sizes_that_the_patch_does_not_divide_are_refused():
-    with pytest.raises(UserError) as error:
-        small().encode_image(torch.zeros(1, 3, 36, 32))
-    one_line(error, "32x36", "patch, 8")
-    with pytest.raises(UserError) as error:
-        ImageConfig(size=[36, 36], patch=8)
-    one_line(error, "patch=8 does not divide")
-
-
-def test_bf16_error():
-    """In bf16 (8 bits of mantissa) a unit-length feature of these small towers is off by 0.007 at
-    most; its direction by a cosine of 0.9999."""
-    model = small()
-    pixels, ids = inputs((32, 32), model.config.text.rows)
-    exact = features(model, pixels, ids)
-    for rough, right in zip(features(model.bfloat16(), pixels, ids), exact, strict=True):
-        assert rough.dtype == torch.float32
-        assert 0 < (rough - right).abs().max() < 0.015
-        assert (rough * right).sum(-1).min() > 0.999
-
-
-# Preprocessing.
-
-
-def drawings(size, count):
-    """Bundled drawings with noise on them, at `size` (width, height)."""
-    noise = np.random.default_rng(0)
-    images = []
-    for _, content in pictures(count):
-        image = Image.open(io.BytesIO(content)).convert("RGB")
-        image = image.resize(size, Image.Resampling.BICUBIC)
-        grain = noise.normal(0, 12, (size[1], size[0], 3))
-        images.append(Image.fromarray(np.uint8(np.clip(np.asarray(image) + grain, 0, 255))))
-    return images
-
-
-SIZES = [(32, 32), (64, 64), (101, 67), (67, 101), (40, 300), (24, 20)]
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        ({}, {}),
-        ({"resize": "squash"}, {"resize_mode": "squash"}),
-        ({"interpolation": "bilinear"}, {"interpolation": "bilinear"}),
-    ],
-)
-def test_pixels_equal_open_clips(size, ours, theirs):
-    config = CLIPConfig(image=ImageConfig(size=[32, 32], patch=8, width=32, heads=2), **ours)
-    transform = open_clip.image_transform(32, is_train=False, **OPENAI, **theirs)
-    images = drawings(size, 2)
-    expected = torch.stack([transform(image) for image in images])
-    assert (preprocess(images, config) - expected).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("size", [(64, 64), (101, 67), (512, 400)])
-def test_tensors_and_pictures_agree(size):
-    """Within 0.1 % of the range on average; without antialiasing it is over ten times that."""
-    config = CLIPConfig(
-        image=ImageConfig(size=[32, 32], patch=8, width=32, heads=2), mean=[0.0] * 3, std=[1.0] * 3
-    )
-    images = drawings(size, 4)
-    tensor = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) / 255 for i in images])
-    by_picture, by_tensor = preprocess(images, config), preprocess(tensor, config)
-    assert by_tensor.min() >= 0 and by_tensor.max() <= 1
-    error = (by_picture - by_tensor).abs().mean()
-    assert error <= 0.001
-    if size == (512, 400):
-        plain = F.interpolate(tensor, (32, 40), mode="bicubic")[..., 4:36]
-        assert (by_picture - plain).abs().mean() > 10 * error
-
-
-def test_preprocess_refuses_what_it_cannot_scale():
-    model = small()
-    for images, part in (
-        (torch.zeros(1, 3, 4, 4), "too small"),
-        (torch.zeros(3, 32, 32), "(B, 3, H, W)"),
-        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "uint8"),
-        ([], "no image"),
-    ):
-        with pytest.raises(UserError) as error:
-            model.preprocess(images)
-        one_line(error, part)
-
-
-def test_what_preprocess_refuses():
-    config = CLIPConfig(image=ImageConfig(size=[32, 32]))
-    image = torch.rand(2, 3, 32, 40)
-    for bad in (image * 255, image.masked_fill(image > 0.9, math.nan), image - 1):
-        with pytest.raises(UserError) as error:
-            preprocess(bad, config)
-        one_line(error, "not in [0, 1]", "255")
-    for bad in ([image[0]], Image.new("RGB", (40, 40)), "image.png", image.numpy()):
-        with pytest.raises(UserError) as error:
-            preprocess(bad, config)
-        one_line(error, "list of PIL images")
-    for bad in (image[0], (image * 255).byte(), image[:, :1]):
-        with pytest.raises(UserError) as error:
-            preprocess(bad, config)
-        one_line(error, "floats (B, 3, H, W)")
-    with pytest.raises(UserError) as error:
-        preprocess([Image.new("RGB", (40, 7))], config)
-    one_line(error, "40x7", "too small")
