@@ -79,3 +79,11 @@ def new_environment(tmp_path_factory):
         return Path(paths["scripts"])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A tiny CLIP with random weights, in a folder."""
+    from tiny_clip import save_clip
+
+    return save_clip(tmp_path_factory.mktemp("clip"))
