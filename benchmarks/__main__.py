@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
-from benchmarks import evaluation
+from benchmarks import evaluation, training
 from maskgit.common.folder import write_json
 from maskgit.evaluation.report import environment
 
-BENCHMARKS = {"evaluation": evaluation.run}
+BENCHMARKS = {"evaluation": evaluation.run, "training": training.run}
 
 
 def main(names: list[str]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from maskgit.common import UserError
+from maskgit.common.processes import rank, world
 
 # Of each image the keys (B, M) of all texts that go with it, filled up with -1, and of each text
 # its own key (B,), int64: image i and text j belong together where key j is among those of image i.
@@ -117,14 +118,6 @@ def check_pairs(image: Tensor, text: Tensor) -> None:
 def own_rows(rows: Tensor) -> Tensor:
     """Where the (B, ...) of this process stand in what `gather` makes of them: (B,) int64."""
     return torch.arange(len(rows), device=rows.device) + rank() * len(rows)
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if world() > 1 else 0
 
 
 def gather(tensor: Tensor) -> Tensor:

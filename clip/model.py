@@ -25,6 +25,7 @@ from clip.tokenizer import Tokenizer
 from clip.transformer import MLP, Transformer
 from maskgit.common import UserError
 from maskgit.common.folder import save_module
+from maskgit.common.precision import widen
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -235,6 +236,5 @@ class CLIP(nn.Module):
 
 
 def _finish(features: Tensor, normalize: bool) -> Tensor:
-    if features.dtype in (torch.bfloat16, torch.float16):
-        features = features.float()
+    features = widen(features)  # (B, E)
     return F.normalize(features, dim=-1) if normalize else features

@@ -18,6 +18,7 @@ from torch import Tensor
 from clip.config import CLIPConfig
 from maskgit.common import UserError, pick
 from maskgit.common.images import to_rgb
+from maskgit.common.precision import widen
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,8 +28,8 @@ MIN_SIDE = 8  # pixels; an image smaller than that shows nothing
 
 def preprocess(images: Sequence[Image] | Tensor, config: CLIPConfig) -> Tensor:
     """PIL images of any mode and size, or a float tensor (B, 3, H, W) in [0, 1] -> normalised
-    pixels (B, 3, h, w), fp32. Transparent images lie on white. Raises UserError for a tensor of
-    another kind and for images of less than 8 pixels."""
+    pixels (B, 3, h, w), fp32 or more. Transparent images lie on white. Raises UserError for a
+    tensor of another kind and for images of less than 8 pixels."""
     if isinstance(images, Tensor):
         pixels = scale_tensor(images, config)
         if not (pixels.min() >= -0.01 and pixels.max() <= 1.01):  # false of NaN, too
@@ -76,7 +77,7 @@ def scale_tensor(images: Tensor, config: CLIPConfig) -> Tensor:
         )
     size, (h, w) = (images.shape[2], images.shape[3]), config.image.size
     between, (top, left) = plan(size, config)
-    images = images.float()
+    images = widen(images)
     if between != size:
         images = F.interpolate(images, between, mode=config.interpolation, antialias=True)
         # Bicubic overshoots, and files hold 256 steps: without both, the two paths differ by more

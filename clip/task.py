@@ -1,35 +1,35 @@
 """What one training step of CLIP does: features of both sides, compared over the whole batch."""
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint as recompute
 from torchvision.utils import make_grid
 
-from clip.losses import info_nce, sigmoid_loss, world
+from clip.losses import info_nce, sigmoid_loss
 from clip.model import CLIP
 from clip.preprocess import normalize, scale_tensor
 from clip.texts import Texts, spoken
 from clip.zero_shot import class_weights, retrieval
 from maskgit.common import UserError, pick
 from maskgit.common.folder import write_json
+from maskgit.common.processes import world
 from maskgit.common.vary import VaryConfig, vary
+from maskgit.common.watch import Stays, Watch
 
-log = logging.getLogger(__name__)
-
+Loss = tuple[Tensor, float, dict[str, Any]]
 Batch = dict[str, Tensor]
 # image uint8 (B, 3, H, W), text int64 (B, L), index int64 (B,) of the image, caption int64 (B,) of
 # the text (equal where texts are), captions int64 (B, M) of all texts that the image has, filled up
-# with -1, label int64 (B,), -1 for none
-
-STUCK = 0.05  # nats below ln(batch): a loss no further from it has learnt nothing
-PATIENCE = 500  # steps for which it may stay there
+# with -1, label int64 (B,), -1 for none,
+# seed int64 (B,) in training
 
 
 @dataclass
@@ -40,7 +40,6 @@ class CLIPLossConfig(VaryConfig):
     weight: float = 0.5  # of image -> text, against text -> image (ConVIRT)
     smoothing: float = 0.0  # of the targets (ALIGN)
     locked: str | None = None  # image or text: that tower stays as it starts (LiT)
-    micro_batch: int | None = None  # images or texts in memory at a time (GradCache)
     varied: bool = True  # whether images are turned, zoomed, shifted and coloured
 
     def __post_init__(self) -> None:
@@ -51,8 +50,6 @@ class CLIPLossConfig(VaryConfig):
             raise UserError(
                 f"loss.weight={self.weight} is a share, loss.smoothing={self.smoothing} one below 1"
             )
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise UserError(f"loss.micro_batch={self.micro_batch} must be 1 or more, or null")
         if self.locked == "image" and self.varied:
             raise UserError(
                 "loss.locked=image computes the features of each image once: they cannot be varied "
@@ -82,44 +79,59 @@ class CLIPTask:
             )
         if config.positives == "class" and not classes:
             raise UserError("loss.positives=class needs images of classes")
-        batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-        if config.micro_batch and batch_norm:
-            raise UserError(
-                "loss.micro_batch would change what BatchNorm computes: take a tower without it, "
-                "or loss.micro_batch=null"
-            )
         if config.locked:
             model.tower(config.locked).requires_grad_(False)
         self.model = model
         self.parts: dict[str, nn.Module] = {"clip": model}
         self.units = {"images": 1}
         self.kept: dict[int, Tensor] = {}  # features of the locked tower, by image or caption
-        self.near = 0  # steps in a row whose loss stayed near ln(batch)
+        self.best = ("heldout/image_to_text@10", max)
+        self.watch = Watch(
+            Stays(
+                "loss_above_chance",
+                "that is ln(pairs), chance: nothing is told apart; check that captions belong to "
+                "their images, and lower train.lr",
+                low=-0.05,
+                steps=500,
+            )
+        )
 
-    def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """The one update of a step, and after it the scale brought back into its bounds."""
+    def step(
+        self, batches: list[Batch], step: int
+    ) -> Iterator[tuple[str, list[Callable[[], Loss]]]]:
+        """The one update of a step, on all pairs at once however many micro-batches they come in;
+        and after it the scale brought back into its bounds."""
         model = self.model
-        image, text = self.features(model, batch)
-        loss = self.loss(model, image, text, batch)
-        pairs = world() * len(image)
-        start = math.log(pairs)  # what InfoNCE is where nothing is told apart
-        logs = {"loss": loss.detach(), "scale": model.logit_scale.detach().exp()}
-        if model.logit_bias is not None:
-            logs["bias"] = model.logit_bias.detach()
-        else:
-            logs["loss_above_chance"] = loss.detach() - start
-            self.watch(loss.detach() - start, start, step)
-        hits = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
-        logs["top1"] = hits.float().mean()  # of this process's images, their own text first
-        yield "clip", loss, logs
+        if len(batches) > 1 and any(isinstance(m, _BatchNorm) for m in model.modules()):
+            raise UserError(
+                "train.micro_batch would change what BatchNorm computes: take a tower without it, "
+                "or train.micro_batch=null"
+            )
+        yield "clip", [partial(self.contrast, batches)]
         if model.config.max_scale is not None:
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(model.config.max_scale))
 
-    def features(self, model: CLIP, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Of images and texts, (B, E) each. With `micro_batch` only the features are kept, and the
-        towers run again, with the same random numbers, when gradients are asked for: one batch at
-        a time (GradCache, Gao et al. 2021; here as checkpoints around each micro-batch)."""
+    def contrast(self, batches: list[Batch]) -> Loss:
+        """The loss of this process's pairs, its weight, and what to log."""
+        model = self.model
+        sides = [self.features(model, batch, again=len(batches) > 1) for batch in batches]
+        image, text = (torch.cat(side) for side in zip(*sides, strict=True))
+        batch = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+        loss = self.loss(model, image, text, batch)
+        logs = {"loss": loss, "scale": model.logit_scale.detach().exp()}
+        if model.logit_bias is not None:
+            logs["bias"] = model.logit_bias.detach()
+        else:  # below ln(pairs), which it is where nothing is told apart
+            logs["loss_above_chance"] = loss - math.log(world() * len(image))
+        hits = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
+        logs["top1"] = hits.float().mean()  # of this process's images, their own text first
+        return loss, 1.0, logs
+
+    def features(self, model: CLIP, batch: Batch, again: bool = False) -> tuple[Tensor, Tensor]:
+        """Of images and texts, (B, E) each. With `again` nothing but the features is kept, and the
+        towers run again, with the same random numbers, when gradients are asked for (GradCache,
+        Gao et al. 2021; here as checkpoints around each micro-batch)."""
         sides = {
             "image": (batch["image"], batch["index"]),
             "text": (batch["text"], batch["caption"]),
@@ -129,20 +141,20 @@ class CLIPTask:
             encode = partial(self.encode, model, side)
             if side == self.config.locked and model.training:
                 found[side] = self.locked_features(encode, inputs, ids)
-            elif self.config.micro_batch is None:
-                found[side] = encode(inputs)
+            elif again:
+                found[side] = recompute(encode, inputs, batch.get("seed"), use_reentrant=False)
             else:
-                parts = inputs.split(self.config.micro_batch)
-                found[side] = torch.cat([checkpoint(encode, p, use_reentrant=False) for p in parts])
+                found[side] = encode(inputs, batch.get("seed"))
         return found["image"], found["text"]
 
-    def encode(self, model: CLIP, side: str, inputs: Tensor) -> Tensor:
-        """Unit-length features (B, E) of images (B, 3, H, W) uint8 or of texts (B, L)."""
+    def encode(self, model: CLIP, side: str, inputs: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Unit-length features (B, E) of images (B, 3, H, W) uint8 or of texts (B, L); images are
+        varied by `seeds` (B,), where training gives them."""
         if side == "text":
             return model(None, inputs)[1]
         images = inputs.float() / 255
-        if self.config.varied and model.training:
-            images = vary(images, self.config)
+        if self.config.varied and seeds is not None:
+            images = vary(images, self.config, seeds)
         return model(normalize(scale_tensor(images, model.config), model.config), None)[0]
 
     @torch.no_grad()
@@ -169,18 +181,6 @@ class CLIPTask:
             if model.logit_bias is not None:
                 return sigmoid_loss(image, text, scale, model.logit_bias, keys)
             return info_nce(image, text, scale, keys, config.weight, config.smoothing)
-
-    def watch(self, above: Tensor, start: float, step: int) -> None:
-        """Warn, once, of a loss that stays where it started."""
-        self.near = self.near + 1 if float(above) > -STUCK else 0
-        if self.near == PATIENCE:
-            log.warning(
-                "the loss has stayed near ln(batch) = %.2f for %d steps, up to step %d: nothing is "
-                "told apart; check that captions belong to their images, and lower train.lr",
-                start,
-                PATIENCE,
-                step,
-            )
 
     @torch.no_grad()
     def validate(self, model: CLIP, batches: Iterable[Batch]) -> dict[str, float]:

@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from maskgit import noise
-from maskgit.common import UserError, pick
+from maskgit.common import UserError, noise, pick
 from maskgit.schedule import SCHEDULES, masked_count
 
 TokensToLogits = Callable[[Tensor, float], Tensor]

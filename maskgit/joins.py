@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +18,93 @@ from clip.model import VisionTransformer
 from clip.task import CLIPTask
 from maskgit.common import UserError
 from maskgit.common.device import pick_device
-from maskgit.common.folder import file_hash, find, load_weights
+from maskgit.common.folder import LOCK, load_weights, locked, write_whole
+from maskgit.common.processes import on_main, rank, telling_of_others, world
+from maskgit.common.signals import held
 from maskgit.engine.config import differences
 from maskgit.engine.data import ImageSet, batches, in_order, open_images
-from maskgit.engine.loop import Batch, Task, make_accelerator, train
+from maskgit.engine.loop import INTERVALS, make_accelerator, train
 from maskgit.engine.pairs import Pairs
-from maskgit.engine.tokens import cached, fixed_batches, token_batches, tokenize
+from maskgit.engine.task import Batch, Task
+from maskgit.engine.tokens import fixed_batches, token_batches
 from maskgit.evaluation.classifier import Classifier
 from maskgit.evaluation.classifier_task import ClassifierTask
 from maskgit.evaluation.prompts import class_texts
 from maskgit.model import MaskGIT
 from maskgit.runs import ClassifierRun, CLIPRun, MaskGITRun, Run, VQGANRun
 from maskgit.task import MaskGITTask
+from maskgit.tokenized import token_sets
 from vqgan import VQGAN
 from vqgan.task import VQGANTask
 
 Say = Callable[[str], None]
 Sets = dict[str, Callable[[], Iterable[Batch]]]
 Joined = tuple[Task, Callable[[int], Iterator[Batch]], Sets]
-# What a run that goes on may change.
-FREE = {"run", "size", "data.workers", "sampling"}
-FREE |= {f"train.{name}" for name in ("steps", "device", "compile", "keep_last")}
-FREE |= {f"train.{name}_every" for name in ("log", "validate", "draw", "save")}
+# What a run that goes on may change: not what it computes, but where, how fast and what it tells.
+FREE = {"run", "size", "data.workers", "data.max_broken", "sampling"}
+FREE |= {
+    f"train.{name}"
+    for name in (
+        *("steps", "device", "compile", "micro_batch", "activation_checkpointing"),
+        *("keep_last", "keep_best", "save_minutes", "trackers"),
+        *(f"{interval}_every" for interval in INTERVALS),
+    )
+}
 
 
-def start(run: Any, say: Say = print) -> dict[str, float] | None:
-    """Train, or go on training, what `run` describes: the last metrics, None if it had finished."""
+def start(run: Any, restart: bool = False, say: Say = print) -> dict[str, float] | None:
+    """Train, or go on training, what `run` describes: the last metrics, None if it had finished.
+
+    restart: begin anew even where `run.run` holds a run, which is then moved aside.
+    """
     folder = Path(run.run)
     settings = OmegaConf.structured(run).copy()  # as given: joining fills in what follows from data
-    check_folder(folder, OmegaConf.to_container(settings))
-    make_accelerator(run.train)  # raises now, if it cannot be had
-    torch.manual_seed(run.train.seed)
-    task, stream, validation = JOINS[run.task](run, folder, say)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial_file = folder / ".config.yaml"
-    partial_file.write_text(OmegaConf.to_yaml(settings))
-    partial_file.replace(folder / "config.yaml")
-    return train(task, stream, validation, run.train, folder, say)
+    make_accelerator(run.train)  # raises now, if it cannot be had; and starts the processes
+    say = say if rank() == 0 else _silent
+    with ExitStack() as stack:
+        if world() > 1:  # one that left at a signal would leave the others waiting
+            stack.enter_context(held())
+        stack.enter_context(telling_of_others())
+
+        def enter() -> None:
+            check_writable(folder)
+            stack.enter_context(locked(folder))
+            if restart and (folder / "config.yaml").exists():
+                say(f"the run before is now {set_aside(folder)}")
+            check_config(folder, OmegaConf.to_container(settings))
+
+        on_main(enter)
+        torch.manual_seed(run.train.seed)
+        task, stream, validation = JOINS[run.task](run, folder, say)
+        text = OmegaConf.to_yaml(settings)
+        on_main(lambda: write_whole(folder / "config.yaml", text.encode()))
+        return train(task, stream, validation, run.train, folder, say)
 
 
-def check_folder(folder: Path, settings: Any) -> None:
-    """Refuse to go on with a run that other settings began; or in a folder that is not writable."""
+def _silent(line: str) -> None:
+    """What processes other than the main one have to say."""
+
+
+def check_writable(folder: Path) -> None:
+    """UserError for a run's folder that cannot be written."""
     above = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to run={folder}: {above} is no folder that lets one")
+
+
+def set_aside(folder: Path) -> Path:
+    """Move all that a run's folder holds into a new one beside it; returns that."""
+    numbers = (folder.with_name(f"{folder.name}.{n}") for n in count(1))
+    aside = next(path for path in numbers if not path.exists())
+    aside.mkdir()
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            path.rename(aside / path.name)
+    return aside
+
+
+def check_config(folder: Path, settings: Any) -> None:
+    """Refuse to go on with a run that other settings began."""
     if not any((folder / "checkpoints").glob("step_*")):
         return
     try:
@@ -73,8 +118,8 @@ def check_folder(folder: Path, settings: Any) -> None:
     ]
     if changed:
         raise UserError(
-            f"{folder} holds a run with another config ({'; '.join(changed)}): "
-            f"give run=ANOTHER_FOLDER, or delete this one"
+            f"{folder} holds a run with another config ({'; '.join(changed)}): give run=ANOTHER "
+            f"(and init={folder}/export to go on from its weights), or --restart to begin anew"
         )
 
 
@@ -99,37 +144,29 @@ def vqgan_run(run: VQGANRun, folder: Path, say: Say) -> Joined:
 
 def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
     """The transformer's task, its batches of cached tokens, and held-out and training tokens."""
-    source = find(run.tokenizer)
-    tokenizer = VQGAN.from_pretrained(source).to(pick_device(run.train.device))
-    if run.tokenizer == "emoji" and run.data.path.partition(":")[0] != "emoji":
+    tokenizer = VQGAN.from_pretrained(run.tokenizer).to(pick_device(run.train.device))
+    check_size(run.data.size, tokenizer.config.factor)
+    stamp, make = token_sets(run, folder, tokenizer)
+    if run.tokenizer == "emoji" and stamp.data_path.partition(":")[0] != "emoji":
         say(
             "warning: the bundled tokenizer was trained on emoji; on other pictures it "
             "reconstructs badly: train one (maskgit train emoji_vqgan data.path=...) and give "
             "tokenizer=RUN/export"
         )
-    images, heldout = open_images(run.data), open_images(run.data, "heldout")
-    check_size(run.data.size, tokenizer.config.factor)
-    run.model.codebook_size = tokenizer.config.codebook_size
-    run.model.num_classes = len(images.classes)
-    run.model.grid = [side // tokenizer.config.factor for side in run.data.size]
+    run.model.codebook_size = stamp.codebook_size
+    run.model.num_classes = len(stamp.classes)
+    run.model.grid = stamp.grid
     run.model.has_null_label = run.loss.label_dropout > 0
     model = MaskGIT(run.model)
     if run.init:
         initialise(model, MaskGIT.from_pretrained(run.init), run.init)
     sampling = dict(run.sampling)
-    if not set(sampling.get("showcase", [])) <= set(images.classes):
+    if not set(sampling.get("showcase", [])) <= set(stamp.classes):
         del sampling["showcase"]  # the classes of other data
     if model.config.null_label is None:
         sampling.pop("guidance", None)
-    task = MaskGITTask(model, run.loss, tokenizer, images.classes, sampling)
-    sets = {
-        name: cached(
-            folder / f"tokens_{name}.safetensors",
-            token_stamp(source, some),
-            partial(tokenize, some, tokenizer.encode, pick_device(run.train.device)),
-        )
-        for name, some in {"train": images, "heldout": heldout}.items()
-    }
+    task = MaskGITTask(model, run.loss, tokenizer, stamp.classes, sampling)
+    sets = make()
 
     def stream(step: int) -> Iterator[Batch]:
         return token_batches(
@@ -138,6 +175,8 @@ def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
             seed=run.train.seed,
             start_step=step,
             balanced=run.data.balanced,
+            rank=rank(),
+            world_size=world(),
         )
 
     same = len(sets["heldout"])
@@ -187,7 +226,7 @@ def clip_run(run: CLIPRun, folder: Path, say: Say) -> Joined:
     task = CLIPTask(model, run.loss, images.classes, class_texts(images.classes))
     return (
         task,
-        lambda step: pairs.drawn(stream(step), run.train.seed, step),
+        lambda step: pairs.drawn(stream(step)),
         {"heldout": lambda: others.first(in_order(heldout, 64))},
     )
 
@@ -215,25 +254,14 @@ def image_stream(run: Run, images: ImageSet) -> Callable[[int], Iterator[Batch]]
         start_step=step,
         balanced=run.data.balanced,
         workers=run.data.workers,
+        rank=rank(),
+        world_size=world(),
     )
 
 
 def check_size(size: list[int], factor: int) -> None:
     if any(side % factor for side in size):
         raise UserError(f"data.size={list(size)} is no multiple of {factor} pixels a token")
-
-
-def token_stamp(tokenizer: Path, images: ImageSet) -> dict[str, str]:
-    """What cached tokens depend on."""
-    inner = tokenizer / "vqgan"
-    weights = (inner if inner.is_dir() else tokenizer) / "model.safetensors"
-    config = images.config
-    return {
-        "tokenizer": file_hash(weights),
-        "data": images.fingerprint,
-        "size": str(list(config.size)),
-        "mirror": str((config.mirror, sorted(config.no_mirror))),
-    }
 
 
 def initialise(model: Any, source: Any, name: str) -> None:

@@ -1,26 +1,20 @@
 """The training mask (Chang et al. 2022, section 3.1): a random share of each image's tokens."""
 
-import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from maskgit.common import pick
+from maskgit.common import noise, pick
 from maskgit.schedule import SCHEDULES
 
 
-def random_mask(
-    shape: tuple[int, int],
-    schedule: str = "cosine",
-    generator: Generator | None = None,
-    device: torch.device | str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Masks for `shape` = (B, N) tokens -> bool (B, N), True = masked, and r, float64 (B,).
+def random_mask(seeds: Tensor, n: int, schedule: str = "cosine") -> tuple[Tensor, Tensor]:
+    """Masks for `n` tokens of each image -> bool (B, n), True = masked, and r, float64 (B,).
 
-    The progress r is uniform in [0, 1). Of an image's tokens round(schedule(r) N) are masked, at
-    least one, each set of that size as likely as any other.
+    seeds: int64 (B,), one for each image; the mask is a function of it alone, whatever else is in
+    the batch. The progress r is uniform in [0, 1). Of an image's tokens round(schedule(r) n) are
+    masked, at least one, each set of that size as likely as any other.
     """
-    batch, n = shape
-    r = torch.rand(batch, dtype=torch.float64, generator=generator, device=device)
+    r = noise.uniform(seeds, 0, 1, noise.MASK_RATIO)[:, 0].double()  # (B,)
     share = pick(SCHEDULES, schedule, "schedule")(r, n)
     count = (share * n).round().clamp(min=1)  # (B,)
-    rank = torch.rand(shape, generator=generator, device=device).argsort(-1).argsort(-1)
-    return rank < count[:, None], r
+    order = noise.uniform(seeds, 0, n, noise.MASK).argsort(dim=-1, stable=True)  # (B, n)
+    return order.argsort(-1) < count[:, None], r

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from maskgit.common import UserError, pick
 from maskgit.common.folder import find, load_module, save_module
+from maskgit.common.precision import widen
 
 # What a named size sets in MaskGITConfig.
 SIZES: dict[str, dict[str, Any]] = {
@@ -102,7 +103,8 @@ class MaskGIT(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
         """Tokens (B, N) int64 in [0, K], K = masked; labels (B,) int64, None = no class (and an
-        unconditional model ignores them) -> logits (B, N, K) in fp32."""
+        unconditional model ignores them) -> logits (B, N, K) in fp32, of a float64 model in
+        float64."""
         config = self.config
         if tokens.ndim != 2 or tokens.shape[1] != config.tokens:
             h, w = config.grid
@@ -114,7 +116,7 @@ class MaskGIT(nn.Module):
             raise UserError("this model was trained without label dropout: give it a class")
         if labels is None or config.num_classes == 0:
             labels = tokens.new_full(tokens.shape[:1], config.num_classes)
-        return self.net(tokens, labels).float()
+        return widen(self.net(tokens, labels))
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
         """Write config.json and model.safetensors into a folder, in fp16 if `half`."""
@@ -130,8 +132,8 @@ class MaskGIT(nn.Module):
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x / RMS(x) over the last axis, computed in fp32."""
-    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-5).to(x.dtype)
+    """x / RMS(x) over the last axis, computed in fp32 or more."""
+    return F.rms_norm(widen(x), x.shape[-1:], eps=1e-5).to(x.dtype)
 
 
 class Attention(nn.Module):

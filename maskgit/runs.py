@@ -10,7 +10,7 @@ from clip.task import CLIPLossConfig
 from maskgit.common import UserError, pick
 from maskgit.engine.config import build, merge
 from maskgit.engine.data import DataConfig
-from maskgit.engine.loop import TrainConfig
+from maskgit.engine.task import TrainConfig
 from maskgit.evaluation.classifier import ClassifierConfig
 from maskgit.evaluation.classifier_task import ClassifierLossConfig
 from maskgit.model import SIZES, MaskGITConfig

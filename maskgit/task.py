@@ -1,6 +1,7 @@
 """What one training step of the transformer does: mask, predict, compare."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from maskgit import noise
-from maskgit.common import UserError, pick
+from maskgit.common import UserError, noise, pick
 from maskgit.common.folder import read_json, write_json
+from maskgit.common.watch import Stays, Watch
+from maskgit.engine.task import Logs, Loss
 from maskgit.masking import random_mask
 from maskgit.model import MaskGIT
 from maskgit.pipeline import Pipeline
@@ -21,7 +23,7 @@ from maskgit.schedule import SCHEDULES
 from vqgan import VQGAN
 
 BINS = ("0-25", "25-50", "50-75", "75-100")  # per cent of an image's tokens that are masked
-Batch = dict[str, Tensor]  # tokens int64 (B, N), label int64 (B,)
+Batch = dict[str, Tensor]  # tokens int64 (B, N), label and, in training, seed int64 (B,)
 
 
 @dataclass
@@ -50,27 +52,26 @@ def masked_loss(
     loss = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=label_smoothing
     )
-    weight = torch.where(mask, 1.0, unmasked_weight).flatten()
+    weight = torch.full_like(loss, unmasked_weight).masked_fill(mask.flatten(), 1.0)
     return (loss * weight).sum(), weight.sum()
 
 
-def accuracy_by_ratio(hit: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Share of masked tokens predicted right, for images grouped by how much of them is masked.
-
-    hit, mask: bool (B, N). A group without images is NaN.
-    """
+def accuracy_by_ratio(hit: Tensor, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Masked tokens predicted right, and masked tokens, of images grouped by how much of them is
+    masked. hit, mask: bool (B, N)."""
     group = (mask.float().mean(1) * len(BINS)).ceil().long().clamp(min=1) - 1  # (B,)
     hits, masked = (
         torch.zeros(len(BINS), device=mask.device).index_add_(0, group, count.sum(1).float())
         for count in (hit & mask, mask)
     )
-    return {f"accuracy_{name}": value for name, value in zip(BINS, hits / masked, strict=True)}
+    return {f"accuracy_{name}": (hits[i], masked[i]) for i, name in enumerate(BINS)}
 
 
 class MaskGITTask:
     """Trains a MaskGIT on tokens; device, optimizer and averaged weights are the engine's.
 
-    Batches are dicts of `tokens`, int64 (B, N), and `label`, int64 (B,).
+    Batches are dicts of `tokens`, int64 (B, N), `label`, int64 (B,), and `seed`, int64 (B,): what
+    is random about an image (its mask, whether its class is hidden) is a function of that.
     """
 
     def __init__(
@@ -96,34 +97,56 @@ class MaskGITTask:
         self.pipeline(transformer=model)  # raises now, not when the first sheet is drawn
         self.parts: dict[str, nn.Module] = {"transformer": model}
         self.units = {"images": 1, "tokens": model.config.tokens}
+        self.best = ("heldout/loss", min)
+        chance = math.log(model.config.codebook_size)
+        self.watch = Watch(
+            Stays(
+                "loss",
+                f"that is ln(codes) = {chance:.3f}, chance: nothing is learnt; lower train.lr, "
+                "lengthen train.warmup, or look at the tokens (maskgit evaluate tokenizer)",
+                low=chance - 0.05,
+            ),
+            Stays(
+                "accuracy",
+                "of masked tokens hardly one is right: train longer, or look at the tokenizer: do "
+                "its reconstructions keep what the images show?",
+                high=2 / model.config.codebook_size,
+                steps=2000,
+            ),
+        )
 
-    def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """The one update of a step: ("transformer", loss, logs)."""
-        config, model, tokens = self.config, self.parts["transformer"], batch["tokens"]
-        b, n = tokens.shape
-        mask, _ = random_mask((b, n), config.schedule, device=tokens.device)
+    def step(
+        self, batches: list[Batch], step: int
+    ) -> Iterator[tuple[str, list[Callable[[], Loss]]]]:
+        """The one update of a step, of the transformer."""
+        yield "transformer", [partial(self.loss, batch) for batch in batches]
+
+    def loss(self, batch: Batch) -> Loss:
+        """The mean over masked tokens, how many they are (by weight), and what to log."""
+        config, tokens = self.config, batch["tokens"]
+        mask, _ = random_mask(batch["seed"], tokens.shape[1], config.schedule)
         masked = tokens.masked_fill(mask, self.model_config.mask_id)
-        logits = model(masked, self.drop_labels(batch["label"]))  # (B, N, K)
+        logits = self.parts["transformer"](masked, self.drop_labels(batch))  # (B, N, K)
         total, weight = masked_loss(
             logits, tokens, mask, config.unmasked_weight, config.label_smoothing
         )
         loss = total / weight
         with torch.no_grad():
             hit = logits.argmax(-1) == tokens
-            logs = {
-                "loss": loss.detach(),
-                "accuracy": (hit & mask).sum() / mask.sum(),
+            logs: Logs = {
+                "loss": loss,
+                "accuracy": ((hit & mask).sum(), mask.sum()),
                 **accuracy_by_ratio(hit, mask),
             }
-        yield "transformer", loss, logs
+        return loss, weight, logs
 
-    def drop_labels(self, labels: Tensor) -> Tensor:
-        """Hide the class of a random share of images; labels int64 (B,) in and out."""
+    def drop_labels(self, batch: Batch) -> Tensor:
+        """The labels int64 (B,), hidden for a random share of images."""
         null_label = self.model_config.null_label
         if null_label is None:
-            return labels
-        dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
-        return labels.masked_fill(dropped, null_label)
+            return batch["label"]
+        draw = noise.uniform(batch["seed"], 0, 1, noise.LABEL)[:, 0]  # (B,)
+        return batch["label"].masked_fill(draw < self.config.label_dropout, null_label)
 
     @torch.no_grad()
     def validate(self, model: MaskGIT, batches: Iterable[Batch]) -> dict[str, float]:

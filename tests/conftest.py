@@ -16,6 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARD = ROOT / "maskgit" / "assets" / "emoji" / "data" / "emoji-heldout.tar"
 
 
+def first_loss(task, *batches, step=0):
+    """Part, loss, weight and logs of the first update of a step, on one micro-batch or more."""
+    part, (compute, *_) = next(task.step(list(batches), step))
+    return part, *compute()
+
+
 def execute(*command, cwd, **environment):
     """Run a command with no input; a CompletedProcess with its output as text."""
     return subprocess.run(
@@ -87,3 +93,11 @@ def clip_folder(tmp_path_factory):
     from tiny_clip import save_clip
 
     return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A tiny tokenizer with random weights, in a folder."""
+    from tiny_tokenizer import save_tokenizer
+
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))

@@ -178,18 +178,24 @@ def test_text_goes_before_json_beside_an_image_and_in_a_shard(folder):
     ]
 
 
-def test_pairs_are_a_function_of_seed_and_step():
+def test_captions_are_a_function_of_the_samples_seeds():
     images = open_images(DataConfig("emoji"), "heldout")
     pairs = Pairs(images, None, Tokenizer(500, 16))
 
     def drawn(seed, start, count):
-        stream = pairs.drawn(batches(images, 8, seed=3, start_step=start), seed, start)
+        stream = pairs.drawn(batches(images, 8, seed=seed, start_step=start))
         return [next(stream) for _ in range(count)]
 
     first, again = drawn(0, 0, 3), drawn(0, 2, 1)
     assert torch.equal(first[2]["text"], again[0]["text"])
     assert torch.equal(first[2]["image"], again[0]["image"])
-    assert not torch.equal(first[2]["text"], drawn(1, 2, 1)[0]["text"])
+    other = first[2] | {"seed": first[2]["seed"] + 1}
+    assert not torch.equal(next(pairs.drawn([other]))["text"], again[0]["text"])
+    halves = [
+        {key: x[rows] for key, x in first[2].items()} for rows in ([0, 1, 2], [3, 4, 5, 6, 7])
+    ]
+    joined = torch.cat([half["text"] for half in pairs.drawn(halves)])
+    assert torch.equal(joined, first[2]["text"])  # however a batch is shared out
     captions = pairs.captions
     seen = set()
     for batch in drawn(0, 0, 40):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, one_line
+from conftest import ROOT, first_loss, one_line
 
 from clip import CLIP, CLIPConfig
 from clip.losses import info_nce, sigmoid_loss
@@ -123,12 +123,18 @@ def tiny_batch(count=6):
     }
 
 
-def gradients(model, config, batch, seed=3):
-    """Of one training step, without the update."""
+def micro(batch, size):
+    """A batch as micro-batches of `size`."""
+    parts = {key: value.split(size) for key, value in batch.items()}
+    return [{key: value[i] for key, value in parts.items()} for i in range(len(parts["index"]))]
+
+
+def gradients(model, config, batch, size=6, seed=3):
+    """Of one training step, in micro-batches of `size`, without the update."""
     model.train().zero_grad()
     torch.manual_seed(seed)
     task = CLIPTask(model, config, [])
-    _, loss, _ = next(task.step(batch, 0))
+    _, loss, *_ = first_loss(task, *micro(batch, size))
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -146,19 +152,19 @@ def close(found, expected):
 def test_cached_gradients_equal_those_of_all_graphs_kept(loss, positives, monkeypatch):
     import clip.task
 
-    config = CLIPLossConfig(positives=positives, micro_batch=2, varied=False)
-    cached = gradients(tiny(loss), config, tiny_batch())
+    config = CLIPLossConfig(positives=positives, varied=False)
+    cached = gradients(tiny(loss), config, tiny_batch(), 2)
     with monkeypatch.context() as patch:  # the same micro-batches and draws, nothing run again
-        patch.setattr(clip.task, "checkpoint", lambda f, x, use_reentrant: f(x))
-        kept = gradients(tiny(loss), config, tiny_batch())
+        patch.setattr(clip.task, "recompute", lambda f, *x, use_reentrant: f(*x))
+        kept = gradients(tiny(loss), config, tiny_batch(), 2)
     close(cached, kept)
     assert kept["logit_scale"].abs() > 0
-    other = gradients(tiny(loss), CLIPLossConfig(positives=positives, varied=False), tiny_batch())
+    other = gradients(tiny(loss), config, tiny_batch())
     assert not torch.equal(other["visual.proj.weight"], kept["visual.proj.weight"])  # other draws
 
 
 def test_cached_gradients_keep_one_micro_batch_at_a_time():
-    def peak(micro_batch):
+    def peak(size):
         """The most numbers that the graph holds for the backward pass."""
         kept = 0
 
@@ -168,22 +174,23 @@ def test_cached_gradients_keep_one_micro_batch_at_a_time():
             return tensor
 
         model = tiny().train()
-        task = CLIPTask(model, CLIPLossConfig(micro_batch=micro_batch, varied=False), [])
+        task = CLIPTask(model, CLIPLossConfig(varied=False), [])
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            next(task.step(tiny_batch(), 0))
+            first_loss(task, *micro(tiny_batch(), size))
         return kept
 
-    assert peak(2) < peak(None) / 4
+    assert peak(2) < peak(6) / 4
 
 
 def test_batch_norm_is_refused_with_micro_batches():
     image = dict(tower="resnet", size=[32, 32], width=8, heads=4, blocks=[1, 1, 1, 1])
     text = dict(merges=0, context=6, width=16, depth=1, heads=2)
     model = CLIP(CLIPConfig(embed=16, image=image, text=text))
-    CLIPTask(model, CLIPLossConfig(), [])
+    task = CLIPTask(model, CLIPLossConfig(), [])
+    next(task.step([tiny_batch()], 0))
     with pytest.raises(UserError) as error:
-        CLIPTask(model, CLIPLossConfig(micro_batch=2), [])
-    one_line(error, "BatchNorm", "micro_batch=null")
+        next(task.step(micro(tiny_batch(), 2), 0))
+    one_line(error, "BatchNorm", "train.micro_batch=null")
 
 
 WORKER = """
@@ -193,27 +200,28 @@ import torch
 import torch.distributed as dist
 from clip.task import CLIPLossConfig, CLIPTask
 import clip.task
-from test_clip_losses import cases, close, gradients, tiny, tiny_batch
+from conftest import first_loss
+from test_clip_losses import cases, close, gradients, micro, tiny, tiny_batch
 
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
 result = {}
-for name, loss, config in cases():
+for name, loss, config, size in cases():
     model = tiny(loss).eval()  # no draws, which differ between the processes
     batch = {k: v[3 * rank : 3 * rank + 3] for k, v in tiny_batch().items()}
-    _, value, _ = next(CLIPTask(model, config, ["class"]).step(batch, 0))
+    _, value, *_ = first_loss(CLIPTask(model, config, ["class"]), *micro(batch, size))
     value.backward()
     dist.all_reduce(value := value.detach())
     result[f"{name}/loss"] = value / 2
     for key, parameter in model.named_parameters():  # as data-parallel training does
         dist.all_reduce(parameter.grad)
         result[f"{name}/{key}"] = parameter.grad / 2
-for name, loss, config in cases():  # in training: each process has draws of its own
+for name, loss, config, size in cases():  # in training: each process has draws of its own
     model, batch = tiny(loss), {k: v[3 * rank : 3 * rank + 3] for k, v in tiny_batch().items()}
-    cached = gradients(model, config, batch, seed=rank)
-    clip.task.checkpoint, checkpoint = lambda f, x, use_reentrant: f(x), clip.task.checkpoint
-    close(cached, gradients(model, config, batch, seed=rank))
-    clip.task.checkpoint = checkpoint
+    cached = gradients(model, config, batch, size, seed=rank)
+    clip.task.recompute, recompute = lambda f, *x, use_reentrant: f(*x), clip.task.recompute
+    close(cached, gradients(model, config, batch, size, seed=rank))
+    clip.task.recompute = recompute
 torch.save(result, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
@@ -222,10 +230,9 @@ dist.destroy_process_group()
 def cases():
     for loss in ("infonce", "sigmoid"):
         for positives in ("pair", "caption"):
-            for micro_batch in (None, 2):
-                name = f"{loss}-{positives}-{micro_batch}"
-                config = CLIPLossConfig(positives=positives, micro_batch=micro_batch, varied=False)
-                yield name, loss, config
+            for size in (3, 1):
+                config = CLIPLossConfig(positives=positives, varied=False)
+                yield f"{loss}-{positives}-{size}", loss, config, size
 
 
 def test_two_processes_have_the_loss_and_gradients_of_one_batch(tmp_path):
@@ -235,9 +242,9 @@ def test_two_processes_have_the_loss_and_gradients_of_one_batch(tmp_path):
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     close(found[0], found[1])
     expected = {}
-    for name, loss, config in cases():
+    for name, loss, config, _ in cases():
         model = tiny(loss).eval()
-        _, value, _ = next(CLIPTask(model, config, ["class"]).step(tiny_batch(), 0))
+        _, value, *_ = first_loss(CLIPTask(model, config, ["class"]), tiny_batch())
         value.backward()
         expected[f"{name}/loss"] = value.detach()
         expected |= {f"{name}/{key}": p.grad for key, p in model.named_parameters()}

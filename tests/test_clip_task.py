@@ -1,17 +1,16 @@
 """Training of CLIP: what a step does, what stays locked, what is logged, and the command."""
 
 import json
-import logging
 import math
 
 import pytest
 import torch
-from conftest import ROOT, one_line, pictures
+from conftest import ROOT, first_loss, one_line, pictures
 from omegaconf import OmegaConf
-from test_clip_losses import gradients, tiny, tiny_batch
+from test_clip_losses import gradients, micro, tiny, tiny_batch
 
 from clip import CLIP
-from clip.task import PATIENCE, CLIPLossConfig, CLIPTask
+from clip.task import CLIPLossConfig, CLIPTask
 from maskgit.commands.main import main
 from maskgit.common import UserError
 from maskgit.engine.config import read_yaml
@@ -24,7 +23,7 @@ def test_the_scale_is_brought_back_into_its_bounds():
     model = tiny().float()
     with torch.no_grad():
         model.logit_scale.fill_(7.0)
-    updates = CLIPTask(model, STILL, []).step(tiny_batch(), 0)
+    updates = CLIPTask(model, STILL, []).step([tiny_batch()], 0)
     next(updates)
     assert model.logit_scale.item() == 7.0  # the update is made with what it was
     assert next(updates, None) is None
@@ -32,41 +31,43 @@ def test_the_scale_is_brought_back_into_its_bounds():
     model.config.max_scale = None
     with torch.no_grad():
         model.logit_scale.fill_(7.0)
-    list(CLIPTask(model, STILL, []).step(tiny_batch(), 0))
+    list(CLIPTask(model, STILL, []).step([tiny_batch()], 0))
     assert model.logit_scale.item() == 7.0
 
 
 def test_what_is_logged():
-    (_, loss, logs), *_ = CLIPTask(tiny(), STILL, []).step(tiny_batch(), 0)
+    _, loss, _, logs = first_loss(CLIPTask(tiny(), STILL, []), tiny_batch())
     assert logs["loss"] == loss
     assert logs["loss_above_chance"].item() == pytest.approx(loss.item() - math.log(6))
     assert logs["scale"].item() == pytest.approx(1 / 0.07)
     assert 0 <= logs["top1"] <= 1
-    (_, _, logs), *_ = CLIPTask(tiny("sigmoid"), STILL, []).step(tiny_batch(), 0)
+    *_, logs = first_loss(CLIPTask(tiny("sigmoid"), STILL, []), tiny_batch())
     assert logs["bias"].item() == -10.0 and "loss_above_chance" not in logs
 
 
-def test_a_loss_that_stays_near_chance_is_told_once(caplog):
+def test_a_loss_that_stays_near_chance_is_told_once():
     task = CLIPTask(tiny(), STILL, [])
-    above = torch.tensor(-0.01)
-    with caplog.at_level(logging.WARNING):
-        for step in range(2 * PATIENCE + 5):
-            task.watch(above if step != 3 else torch.tensor(-1.0), 4.85, step)
-    assert len(caplog.records) == 1
-    assert "ln(batch) = 4.85" in caplog.text and f"up to step {PATIENCE + 3}" in caplog.text
+    told = [
+        w for step in range(0, 2000, 50) for w in task.watch(step, {"loss_above_chance": -0.01})
+    ]
+    assert len(told) == 1 and "ln(pairs)" in told[0]
+    learning = CLIPTask(tiny(), STILL, []).watch
+    assert not [
+        w for step in range(0, 2000, 50) for w in learning(step, {"loss_above_chance": -1.0})
+    ]
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
-@pytest.mark.parametrize("micro_batch", [None, 2])
-def test_a_locked_tower_is_run_once_and_never_changed(side, micro_batch):
-    config = CLIPLossConfig(locked=side, micro_batch=micro_batch, varied=False)
+@pytest.mark.parametrize("size", [6, 2])
+def test_a_locked_tower_is_run_once_and_never_changed(side, size):
+    config = CLIPLossConfig(locked=side, varied=False)
     model = tiny()
     task = CLIPTask(model, config, [])
     tower, other = (model.visual, model.text) if side == "image" else (model.text, model.visual)
     runs = []
     tower.register_forward_hook(lambda *_: runs.append(1))
     for _ in range(2):
-        _, loss, _ = next(task.step(tiny_batch(), 0))
+        _, loss, *_ = first_loss(task, *micro(tiny_batch(), size))
         loss.backward()
     assert len(runs) == len(task.kept)  # alone each, and once
     assert all(p.grad is None for p in tower.parameters())
@@ -105,7 +106,6 @@ def test_what_is_kept_of_training_plays_no_part_in_validation(side):
         (dict(locked="image"), ["loss.varied=false"]),
         (dict(weight=1.5), ["loss.weight=1.5"]),
         (dict(smoothing=1.0), ["loss.smoothing=1.0"]),
-        (dict(micro_batch=0), ["loss.micro_batch=0"]),
     ],
 )
 def test_bad_settings_are_refused(settings, parts):
@@ -183,7 +183,7 @@ def train(tmp_path, capsys, monkeypatch):
 
 
 def test_a_folder_of_pairs_trains_and_loads(train, tmp_path):
-    status, out, _ = train("loss.micro_batch=2", "loss.positives=caption")
+    status, out, _ = train("train.micro_batch=2", "loss.positives=caption")
     assert status == 0 and out.splitlines()[-1] == "run/export"
     model = CLIP.from_pretrained(tmp_path / "run" / "export")
     assert not model.training and model.config.text.merges == 100
@@ -230,7 +230,7 @@ def test_captions_that_are_cut_are_counted(train, tmp_path):
 def test_going_on_with_a_locked_tower_is_exact(train, side):
     train()
     locked = [f"loss.locked={side}", "loss.varied=false", "init=run/export", "train.final_lr=1.0"]
-    locked += ["train.warmup=0", "loss.micro_batch=2"]
+    locked += ["train.warmup=0", "train.micro_batch=2"]
     status, _, err = train("run=whole", *locked)
     assert status == 0, err
     train("run=parts", "train.steps=2", *locked)

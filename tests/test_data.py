@@ -7,12 +7,13 @@ import pytest
 import torch
 from pictures import SIZE, config, make_folder
 from PIL import Image
+from webdataset import TarWriter
 
 from maskgit.common import UserError
 from maskgit.engine.data import DataConfig, batches, in_order, open_images
-from maskgit.engine.order import Order
+from maskgit.engine.order import Order, sample_seeds
 
-KEYS = ("image", "label", "index")
+KEYS = ("image", "label", "index", "seed")
 
 
 def same(a, b):
@@ -110,16 +111,63 @@ def test_batches_go_on_at_any_step_with_any_workers(images, balanced, workers):
     assert not all(same(a, b) for a, b in zip(whole, other, strict=True))
 
 
-def test_processes_share_the_batches_of_one(images):
-    whole = take(batches(images, 6, seed=1), 4)
-    parts = [take(batches(images, 3, seed=1, rank=rank, world_size=2), 4) for rank in (0, 1)]
+@pytest.fixture(scope="module", params=["folder", "shards"])
+def sixteen(request, tmp_path_factory):
+    """Sixteen images of two classes, as a folder or as two shards."""
+    folder = make_folder(tmp_path_factory.mktemp("sixteen"), ["cat", "dog"], 8)
+    path = folder
+    if request.param == "shards":
+        path = f"{folder}/set-{{000..001}}.tar"
+        for number, group in enumerate(["cat", "dog"]):
+            with TarWriter(f"{folder}/set-{number:03}.tar", encoder=False) as tar:
+                for file in sorted((folder / group).iterdir()):
+                    key = f"{group}/{file.stem}"
+                    tar.write({"__key__": key, "png": file.read_bytes(), "cls": group.encode()})
+    return open_images(config(path, crop="random", heldout=0))
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0), (2, 2), (4, 0), (4, 2)])
+def test_processes_share_the_samples_of_one_without_loss_or_repeat(sixteen, processes, workers):
+    whole = take(batches(sixteen, 8, seed=1), 6)  # three times through the set
+    parts = [
+        take(batches(sixteen, 8, seed=1, workers=workers, rank=r, world_size=processes), 6)
+        for r in range(processes)
+    ]
     for step, batch in enumerate(whole):
         joined = {key: torch.cat([part[step][key] for part in parts]) for key in KEYS}
         assert same(batch, joined)
+        assert batch["seed"].tolist() == sample_seeds(1, range(8 * step, 8 * step + 8)).tolist()
+    for epoch in range(3):
+        seen = [part[2 * epoch + i]["index"] for part in parts for i in (0, 1)]
+        assert sorted(torch.cat(seen).tolist()) == list(range(16))
+
+
+@pytest.mark.parametrize("changed", [(2, 2), (4, 0)])
+def test_a_changed_number_of_processes_and_workers_goes_on_with_the_next_sample(sixteen, changed):
+    """In the middle of the second epoch."""
+    processes, workers = changed
+    whole = take(batches(sixteen, 4, seed=2, workers=1), 9)
+    rest = [
+        take(batches(sixteen, 4, seed=2, start_step=6, workers=workers, rank=r, world_size=n), 3)
+        for n in [processes]
+        for r in range(n)
+    ]
+    for step in range(3):
+        joined = {key: torch.cat([part[step][key] for part in rest]) for key in KEYS}
+        assert same(whole[6 + step], joined)
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(images):
+    with pytest.raises(UserError, match=r"train.batch_size=6 cannot.* 4 processes") as error:
+        batches(images, 6, rank=0, world_size=4)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"train.batch_size=0 "):
+        batches(images, 0)
 
 
 def test_in_order_gives_each_image_once_as_it_is(images):
     seen = take(in_order(images, 6), 10)
+    assert all("seed" not in batch for batch in seen)
     assert [len(batch["index"]) for batch in seen] == [6, 6, 6, 3]
     assert torch.cat([batch["index"] for batch in seen]).tolist() == list(range(21))
     assert torch.equal(seen[1]["image"][2], images[8]["image"])

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskgit import noise
-from maskgit.common import UserError
+from maskgit.common import UserError, noise
 from maskgit.decode import decode, draw
 from maskgit.schedule import SCHEDULES
 from maskgit.trace import AT_THE_END, GAP, frames, recorder, save_gif, strip

@@ -1,7 +1,7 @@
 """The engine: resume, checkpoints, averages, configs, token caches; on tiny real tasks."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -10,10 +10,11 @@ from torch import nn
 from maskgit.common import UserError
 from maskgit.engine import checkpoint
 from maskgit.engine.config import build, differences, merge, parse_overrides, read_yaml
-from maskgit.engine.data import DataConfig, open_images
 from maskgit.engine.ema import EMA
-from maskgit.engine.loop import Stopped, TrainConfig, mixed, train
-from maskgit.engine.tokens import TokenSet, cached, fixed_batches, token_batches, tokenize
+from maskgit.engine.loop import Stopped, train
+from maskgit.engine.state import mixed
+from maskgit.engine.task import TrainConfig
+from maskgit.engine.tokens import TokenSet, token_batches
 from maskgit.model import SIZES, MaskGIT, MaskGITConfig
 from maskgit.task import MaskGITLossConfig, MaskGITTask
 from vqgan import VQGAN, VQGANConfig
@@ -38,7 +39,7 @@ def images(start: int):
     while True:
         generator = torch.Generator().manual_seed(step)
         picture = torch.randint(256, (4, 3, 16, 16), generator=generator, dtype=torch.uint8)
-        yield {"image": picture, "index": torch.arange(4)}
+        yield {"image": picture, "index": torch.arange(4), "seed": torch.arange(4)}
         step += 1
 
 
@@ -51,7 +52,7 @@ def maskgit_task() -> MaskGITTask:
 def tokens(start: int):
     generator = torch.Generator().manual_seed(5)
     grid = torch.randint(16, (12, 2, 16), generator=generator)
-    images = TokenSet(grid.int(), torch.arange(12) % 4, torch.arange(12))
+    images = TokenSet([grid.int()], torch.arange(12) % 4, torch.arange(12))
     return token_batches(images, 4, seed=1, start_step=start)
 
 
@@ -146,6 +147,7 @@ def test_checkpoint_with_a_flipped_byte_is_skipped_and_named(tmp_path):
     for step in (1, 2):
         checkpoint.save(tmp_path, step, {"model": {"w": torch.full((3,), float(step))}}, {})
     (tmp_path / ".partial-step_00000003").mkdir()
+    (tmp_path / ".removed-step_00000000").mkdir()
     damaged = tmp_path / "step_00000002" / "model.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
@@ -153,7 +155,10 @@ def test_checkpoint_with_a_flipped_byte_is_skipped_and_named(tmp_path):
     state, manifest, skipped = checkpoint.newest(tmp_path)
     assert manifest["step"] == 1 and state["model"]["w"].tolist() == [1, 1, 1]
     assert any("step_00000002" in why and "hash" in why for why in skipped)
-    assert any("step_00000003" in why and "never completed" in why for why in skipped)
+    told = checkpoint.clean(tmp_path)
+    assert any("step_00000003" in what and "never completed" in what for what in told)
+    assert any("step_00000000" in what and "half deleted" in what for what in told)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
 
 
 def test_no_complete_checkpoint_is_an_error_and_none_at_all_is_a_start(tmp_path):
@@ -168,6 +173,65 @@ def test_old_checkpoints_go_and_the_newest_stay(tmp_path):
     for step in (5, 10, 15):
         checkpoint.save(tmp_path, step, {"model": {"w": torch.zeros(1)}}, {}, keep=2)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step_00000010", "step_00000015"]
+
+
+def test_the_best_checkpoint_stays_as_well(tmp_path):
+    scores = {1: 0.5, 2: 0.9, 3: None, 4: 0.1, 5: 0.6}
+    for best, kept in ((max, [2, 5]), (min, [4, 5])):
+        folder = tmp_path / best.__name__
+        for step, score in scores.items():
+            state = {"model": {"w": torch.zeros(1)}}
+            checkpoint.save(folder, step, state, {"score": score}, keep=1, best=best)
+        assert [int(p.name[-1]) for p in checkpoint.steps(folder)] == kept
+        assert checkpoint.newest(folder)[1]["step"] == 5
+
+
+def test_a_run_keeps_its_best_weights(tmp_path):
+    """Of a validation score that gets better, then worse."""
+    task, scores = maskgit_task(), iter([3.0, 1.0, 2.0, 4.0])
+    task.validate = lambda model, batches: {"loss": next(scores)}
+    settings = {**QUIET, "validate_every": 1, "save_every": 2, "keep_last": 1}
+    config = TrainConfig(steps=4, batch_size=4, keep_best=True, **settings)
+    kept = []
+    export = task.export
+    task.export = lambda model, folder: kept.append(folder.name) or export(model, folder)
+    train(task, tokens, {"heldout": lambda: []}, config, tmp_path)
+    names = [int(p.name[-1]) for p in checkpoint.steps(tmp_path / "checkpoints")]
+    assert names == [2, 4] and kept.count("best") == 2
+    assert {"best", "export"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_a_disk_without_room_is_told_before_anything_is_done(tmp_path, monkeypatch):
+    task, config = maskgit_task(), TrainConfig(steps=2, batch_size=4, **QUIET)
+    usage = checkpoint.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"a checkpoint takes \d+ MB, 0 MB are free"):
+        train(task, tokens, {}, config, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
+    def run(name, **changes):
+        kept = 0
+
+        def pack(tensor):
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        task = maskgit_task() if name[0] == "m" else vqgan_task(**GAN)
+        stream = tokens if name[0] == "m" else images
+        config = TrainConfig(steps=6, batch_size=4, warmup=1, **changes, **QUIET)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            train(task, stream, {}, config, tmp_path / name)
+        return all_tensors(task, tmp_path / name), kept
+
+    for kind in ("maskgit", "vqgan"):
+        plain, most = run(kind)
+        again, least = run(f"{kind}-again", activation_checkpointing=True)
+        assert least < most
+        assert plain.keys() == again.keys()
+        assert [name for name in plain if not torch.equal(plain[name], again[name])] == []
 
 
 # The moving average.
@@ -243,64 +307,3 @@ def test_configs_are_found_by_name(tmp_path):
 def test_differences_name_the_field():
     old, new = {"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}
     assert differences(old, new) == ["a.c: 2, now 3"]
-
-
-# Cached tokens.
-
-
-@pytest.fixture(scope="module")
-def some_emoji():
-    config = DataConfig(path="emoji:heldout", size=[16, 16], no_mirror=["country-flag"])
-    images = open_images(config)
-    images.items = images.items[:40] + images.items[-20:]
-    images.labels = images.labels[:40] + images.labels[-20:]
-    images.config = replace(config, mirror=True)
-    return images
-
-
-def test_tokens_are_those_of_the_images_and_of_their_mirror_images(some_emoji):
-    vqgan = VQGAN(TINY).eval()
-    with torch.no_grad():
-        cache = tokenize(some_emoji, vqgan.encode, torch.device("cpu"), batch_size=7)
-        for i in (0, 20, 59):
-            picture = some_emoji[i]["image"][None].float() / 255
-            plain = vqgan.encode(picture).flatten()
-            mirrored = vqgan.encode(picture.flip(3)).flatten()
-            assert torch.equal(cache.tokens[i, 0].long(), plain)
-            expected = mirrored if some_emoji.may_mirror(i) else plain
-            assert torch.equal(cache.tokens[i, 1].long(), expected)
-    assert {some_emoji.may_mirror(i) for i in (0, 59)} == {True, False}
-    assert cache.labels == some_emoji.labels
-
-
-def test_cache_is_used_only_with_its_own_stamp(tmp_path):
-    made = []
-
-    def make():
-        made.append(1)
-        return TokenSet(torch.zeros(3, 2, 4).int(), torch.arange(3), torch.arange(3))
-
-    path = tmp_path / "tokens.safetensors"
-    for _ in range(2):
-        cache = cached(path, {"tokenizer": "a"}, make)
-        assert len(cache) == 3 and cache.labels == [0, 1, 2]
-    assert len(made) == 1
-    with pytest.raises(UserError, match="another tokenizer"):
-        cached(path, {"tokenizer": "b"}, make)
-    path.write_bytes(path.read_bytes()[:-5])
-    assert len(cached(path, {"tokenizer": "a"}, make)) == 3 and len(made) == 2
-
-
-def test_token_batches_resume_at_any_step_and_pass_over_every_image():
-    grid = torch.arange(10)[:, None, None].expand(10, 2, 4).int()
-    images = TokenSet(grid, torch.arange(10) % 2, torch.arange(10))
-    stream = token_batches(images, 5, seed=3)
-    whole = [next(stream) for _ in range(6)]
-    for start in (1, 4):
-        resumed = next(token_batches(images, 5, seed=3, start_step=start))
-        assert all(torch.equal(resumed[k], whole[start][k]) for k in resumed)
-    for epoch in range(3):
-        seen = torch.cat([b["index"] for b in whole[2 * epoch : 2 * epoch + 2]])
-        assert sorted(seen.tolist()) == list(range(10))
-    fixed = list(fixed_batches(images, 3, most=5))
-    assert torch.cat([b["index"] for b in fixed]).tolist() == [0, 2, 4, 6, 8]

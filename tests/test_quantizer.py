@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vqgan.codebook import CodebookAverage, entropy_loss, kmeans, usage
+from vqgan.codebook import CodebookAverage, entropy_loss, kmeans, mean_distribution, usage
 from vqgan.quantizer import Quantizer, QuantizerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,10 +209,25 @@ def test_entropy_equals_the_unchunked_formula(chunk):
     rows = torch.randn(40, 3, dtype=torch.double, requires_grad=True)
     codes = torch.randn(11, 3, dtype=torch.double, requires_grad=True)
     expected = unchunked_entropy(rows, codes, 0.7)
-    loss = entropy_loss(rows, codes, 0.7, chunk)
+    loss = entropy_loss(rows, codes, 0.7, chunk=chunk)
     assert torch.allclose(loss, expected)
     ours = torch.autograd.grad(loss, (rows, codes))
     for own, right in zip(ours, torch.autograd.grad(expected, (rows, codes)), strict=True):
+        assert torch.allclose(own, right, atol=1e-12)
+
+
+def test_entropy_of_parts_has_the_gradient_of_the_whole():
+    rows = torch.randn(40, 3, dtype=torch.double, requires_grad=True)
+    codes = torch.randn(11, 3, dtype=torch.double, requires_grad=True)
+    mean = sum(mean_distribution(part, codes, 0.7) for part in rows.split(10)) / 4
+    parts = torch.stack([entropy_loss(part, codes, 0.7, mean) for part in rows.split(10)]).mean()
+    whole = entropy_loss(rows, codes, 0.7)
+    assert torch.allclose(parts, whole)
+    for own, right in zip(
+        torch.autograd.grad(parts, (rows, codes)),
+        torch.autograd.grad(whole, (rows, codes)),
+        strict=True,
+    ):
         assert torch.allclose(own, right, atol=1e-12)
 
 
@@ -257,7 +272,7 @@ WORKER = """
 import sys
 import torch
 import torch.distributed as dist
-from vqgan.codebook import CodebookAverage, kmeans
+from vqgan.codebook import CodebookAverage, entropy_loss, kmeans
 from vqgan.losses import adaptive_weight
 
 folder, rank = sys.argv[1], int(sys.argv[2])
@@ -272,7 +287,7 @@ average.update(codebook, rows[own], ids[own])
 result = {"codebook": codebook.clone(), "count": average.count.clone()}
 average.restart(codebook, rows[own])
 result |= {"restarted": codebook.clone(), "total": average.total}
-result["centres"], result["hits"] = kmeans(rows[own], 6)
+result["centres"], result["hits"] = kmeans(rows, 6)
 few = rows[:4]
 result["exact"], _ = kmeans(few, 4, iterations=1)  # each begins with another order of the four
 result["spread"], _ = kmeans(few.repeat(10, 1), 20)  # centres fall on one another and move
@@ -280,8 +295,10 @@ average = CodebookAverage(codebook, pool=16)
 average.collect(rows[own][:5])
 average.collect(rows[own][5:10])
 result["pool"] = average.pool
-layer = torch.ones(1, requires_grad=True)
-result["weight"] = adaptive_weight((1 + rank) * layer, layer, layer, maximum=10.0)
+one = torch.ones(1)
+result["weight"] = adaptive_weight((1 + rank) * one, one, maximum=10.0)
+result["entropy"] = entropy_loss(rows[own], codebook, 0.7)
+dist.all_reduce(result["entropy"])
 torch.save(result, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
@@ -308,3 +325,5 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
     both = torch.cat([rows[:5], rows[40:45], rows[5:10], rows[45:50]])
     assert torch.equal(first["pool"], both[-16:])
     assert first["weight"].item() == pytest.approx(1.5, rel=1e-5)
+    whole = entropy_loss(rows, first["restarted"], 0.7).item()
+    assert first["entropy"].item() / 2 == pytest.approx(whole, rel=1e-5)

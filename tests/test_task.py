@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import first_loss
 from PIL import Image
 
 from maskgit.common import UserError
@@ -52,7 +53,8 @@ def drawings() -> dict[str, torch.Tensor]:
         for name in [n for n in shard.getnames() if n.endswith(".png")][:8]:
             image = Image.open(io.BytesIO(shard.extractfile(name).read()))
             tokens.append(list(image.convert("L").resize((6, 6)).tobytes()))
-    return {"tokens": torch.tensor(tokens) // 32, "label": torch.arange(8)}
+    grid = torch.tensor(tokens) // 32
+    return {"tokens": grid, "label": torch.arange(8), "seed": torch.arange(8)}
 
 
 def example(batch: int = 6, n: int = 9, k: int = 5):
@@ -108,6 +110,7 @@ def test_accuracy_by_ratio():
     mask = torch.arange(8) < torch.tensor([1, 2, 3, 4, 8])[:, None]
     hit = torch.arange(8) >= torch.tensor([1, 1, 0, 1, 2])[:, None]  # known ones do not count
     accuracy = accuracy_by_ratio(hit, mask)
+    shares = [hits / masked for hits, masked in accuracy.values()]
     assert list(accuracy) == [
         "accuracy_0-25",
         "accuracy_25-50",
@@ -115,7 +118,7 @@ def test_accuracy_by_ratio():
         "accuracy_75-100",
     ]
     torch.testing.assert_close(
-        torch.stack(list(accuracy.values())),
+        torch.stack(shares),
         torch.tensor([1 / 3, 6 / 7, torch.nan, 6 / 8]),
         equal_nan=True,
     )
@@ -126,38 +129,44 @@ def test_accuracy_by_ratio():
 
 def test_step_yields_one_loss_that_its_logs_explain(drawings):
     task = make_task()
-    ((part, loss, logs),) = task.step(drawings, 0)
-    assert part == "transformer"
-    assert loss.requires_grad and not any(value.requires_grad for value in logs.values())
-    assert logs["loss"] == loss
+    part, loss, weight, logs = first_loss(task, drawings)
+    assert part == "transformer" and len(list(task.step([drawings], 0))) == 1
+    assert loss.requires_grad and logs["loss"] == loss
     assert loss.item() == pytest.approx(math.log(8), abs=0.5)  # knows nothing yet
-    assert 0 <= logs["accuracy"] <= 1
+    hits, masked = logs["accuracy"]
+    assert 0 <= hits <= masked == weight
 
 
-def test_masks_of_a_step_come_from_torch_s_generator(drawings):
-    task = make_task()
+def test_what_is_random_about_an_image_follows_from_its_seed(drawings):
+    task = make_task(label_dropout=0.5)
     losses = []
     for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        losses.append(next(task.step(drawings, 0))[1].item())
+        batch = drawings | {"seed": torch.arange(8) + 8 * seed}
+        losses.append(first_loss(task, batch)[1].item())
     assert losses[0] == losses[1] != losses[2]
+    whole = first_loss(task, drawings)
+    halves = [{k: v[part] for k, v in drawings.items()} for part in (slice(3), slice(3, 8))]
+    parts = [first_loss(task, half) for half in halves]
+    total = sum(loss * weight for _, loss, weight, _ in parts)
+    torch.testing.assert_close(total, whole[1] * whole[2])
 
 
 def test_label_dropout_hides_its_share_behind_the_null_label():
     task = make_task(label_dropout=0.3)
     labels = torch.arange(4000) % 8
-    dropped = task.drop_labels(labels)
+    batch = {"label": labels, "seed": torch.arange(4000)}
+    dropped = task.drop_labels(batch)
     hidden = dropped == 8
     assert hidden.float().mean().item() == pytest.approx(0.3, abs=0.03)
     assert torch.equal(dropped[~hidden], labels[~hidden])
     assert labels.max() == 7  # the batch itself is left alone
-    assert torch.equal(make_task(label_dropout=0.0).drop_labels(labels), labels)
+    assert torch.equal(make_task(label_dropout=0.0).drop_labels(batch), labels)
 
 
 def test_unconditional_model_trains_on_unlabelled_images(drawings):
     task = make_task(num_classes=0)
-    batch = {"tokens": drawings["tokens"], "label": torch.full((8,), -1)}
-    ((_, loss, _),) = task.step(batch, 0)
+    batch = drawings | {"label": torch.full((8,), -1)}
+    _, loss, *_ = first_loss(task, batch)
     loss.backward()
     model = task.parts["transformer"]
     assert model.net.label_embedding.weight.grad is not None
@@ -191,7 +200,8 @@ def test_overfits_eight_drawings(architecture, steps, drawings, tmp_path):
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * warmup_cosine(step, warmup=10, steps=steps)
-        ((_, loss, _),) = task.step(drawings, step)
+        batch = drawings | {"seed": torch.arange(8) + 8 * step}
+        _, loss, *_ = first_loss(task, batch, step=step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

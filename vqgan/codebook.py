@@ -1,33 +1,12 @@
 """What only training needs of a codebook: moving average, k-means start, restarts, entropy."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-def all_reduce(x: Tensor) -> Tensor:
-    """Sum of `x` over all processes, in place; nothing to do in a single one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """Rows of `x` of all processes, in the order of their ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
-def broadcast(x: Tensor) -> Tensor:
-    """`x` as the first process has it, in place: random choices must be the same in all."""
-    if dist.is_available() and dist.is_initialized():
-        dist.broadcast(x, 0)
-    return x
+from maskgit.common.precision import widen
+from maskgit.common.processes import all_gather, all_reduce, broadcast, world
 
 
 def products(rows: Tensor, codes: Tensor) -> Tensor:
@@ -37,10 +16,9 @@ def products(rows: Tensor, codes: Tensor) -> Tensor:
 
 
 def assignment(rows: Tensor, ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """How many rows (M, D) went to each code, (K,), and their sums, (K, D); over all processes."""
+    """How many rows (M, D) went to each code, (K,), and their sums, (K, D)."""
     count = torch.bincount(ids, minlength=codes).to(rows.dtype)
-    total = rows.new_zeros(codes, rows.shape[1]).index_add_(0, ids, rows)
-    return all_reduce(count), all_reduce(total)
+    return count, rows.new_zeros(codes, rows.shape[1]).index_add_(0, ids, rows)
 
 
 class CodebookAverage(nn.Module):
@@ -59,9 +37,10 @@ class CodebookAverage(nn.Module):
     ) -> None:
         super().__init__()
         self.decay, self.threshold = decay, threshold
-        self.register_buffer("pool", torch.zeros(pool, codebook.shape[1]))
-        self.register_buffer("count", torch.ones(len(codebook)))
-        self.register_buffer("total", codebook.detach().clone().float())
+        codes = widen(codebook.detach())  # its type is that of all that is averaged
+        self.register_buffer("pool", codes.new_zeros(pool, codes.shape[1]))
+        self.register_buffer("count", codes.new_ones(len(codes)))
+        self.register_buffer("total", codes.clone())
 
     @torch.no_grad()
     def collect(self, rows: Tensor) -> None:
@@ -80,7 +59,7 @@ class CodebookAverage(nn.Module):
     def update(self, codebook: Tensor, rows: Tensor, ids: Tensor, move: bool = True) -> None:
         """One step with the latents (M, D) assigned to codes `ids` (M,); sets `codebook` (K, D),
         unless it is learnt by gradient and only counted here (`move` false)."""
-        count, total = assignment(rows, ids, len(codebook))
+        count, total = map(all_reduce, assignment(rows, ids, len(codebook)))
         self.count.lerp_(count, 1 - self.decay)
         self.total.lerp_(total, 1 - self.decay)
         if not move:
@@ -108,25 +87,51 @@ class CodebookAverage(nn.Module):
 def kmeans(rows: Tensor, k: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm from random rows: centres (k, D) and how many rows (k,) each has.
 
-    `rows` (M, D) holds several batches, M >= k. A centre that loses all its rows moves to a
-    random one.
+    `rows` (M, D) holds several batches, M >= k, and is the same in all processes; so is the result.
+    A centre that loses all its rows moves to a random one.
     """
-    centres = broadcast(rows[torch.randperm(len(rows), device=rows.device)[:k]])  # (k, D)
+    centres = rows[torch.randperm(len(rows), device=rows.device)[:k]]  # (k, D)
     for _ in range(iterations):
         ids = (centres.square().sum(1) - 2 * products(rows, centres)).argmin(1)  # (M,)
         count, total = assignment(rows, ids, k)
-        spare = broadcast(rows[torch.randint(len(rows), (k,), device=rows.device)])
+        spare = rows[torch.randint(len(rows), (k,), device=rows.device)]
         centres = torch.where(count[:, None] > 0, total / count.clamp_min(1)[:, None], spare)
-    return centres, count
+    return broadcast(centres), broadcast(count)
 
 
-def entropy_loss(rows: Tensor, codes: Tensor, temperature: float, chunk: int = 4096) -> Tensor:
+def entropy_loss(
+    rows: Tensor,
+    codes: Tensor,
+    temperature: float,
+    mean: Tensor | None = None,
+    chunk: int = 4096,
+) -> Tensor:
     """Mean entropy of each row's code distribution less the entropy of their mean, in nats.
 
     softmax(-|row - code|^2 / temperature) over codes, of rows (M, D) and codes (K, D): low when
     rows are sure of their code and all codes are used (MaskGIT's tokenizer; MAGVIT-v2, section
-    3.1). Rows go in chunks that are recomputed backwards, so memory does not grow with M x K.
+    3.1). `mean` (K,) is the mean distribution of a batch of which these rows are a part; without
+    it, it is theirs and that of the other processes' rows. The value is a mean over rows given
+    that, and so are its gradients, which are those of the whole batch's: the derivative of
+    p log p is log p + 1, and what a distribution's derivative sums to is 0.
     """
+    entropy, own = _distribution(rows, codes, temperature, chunk)
+    if mean is None:
+        mean = all_reduce(own.detach().clone()) / world()
+    return entropy + (own * mean.clamp_min(1e-12).log()).sum()
+
+
+@torch.no_grad()
+def mean_distribution(rows: Tensor, codes: Tensor, temperature: float) -> Tensor:
+    """The mean distribution over codes (K,) of the rows (M, D) of all processes."""
+    return all_reduce(_distribution(rows, codes, temperature, chunk=4096)[1]) / world()
+
+
+def _distribution(
+    rows: Tensor, codes: Tensor, temperature: float, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The mean entropy, scalar, and the mean (K,) of the rows' distributions over codes. Rows go in
+    chunks that are recomputed backwards, so memory does not grow with M x K."""
 
     def part(some: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         squares = some.square().sum(1, keepdim=True) + codes.square().sum(1)
@@ -136,9 +141,8 @@ def entropy_loss(rows: Tensor, codes: Tensor, temperature: float, chunk: int = 4
         return -(p * log_p).sum(), p.sum(0)
 
     parts = [checkpoint(part, some, codes, use_reentrant=False) for some in rows.split(chunk)]
-    each = torch.stack([p[0] for p in parts]).sum() / len(rows)
-    mean = torch.stack([p[1] for p in parts]).sum(0) / len(rows)  # (K,)
-    return each + (mean * mean.clamp_min(1e-12).log()).sum()
+    entropy = torch.stack([p[0] for p in parts]).sum() / len(rows)
+    return entropy, torch.stack([p[1] for p in parts]).sum(0) / len(rows)
 
 
 def usage(tokens: Tensor, codebook_size: int) -> tuple[float, float]:

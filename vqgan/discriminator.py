@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from math import gcd
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 from maskgit.common import UserError, pick
+from maskgit.common.precision import widen
 
 NORMS = {
     "group": lambda width: nn.GroupNorm(gcd(32, width), width),
@@ -32,6 +34,31 @@ class DiscriminatorConfig:
         pick(NORMS, self.norm, "norm of the discriminator")
 
 
+class Spectral(nn.Module):
+    """A kernel divided by its spectral norm.
+
+    PyTorch's own takes one power iteration at each pass and keeps where it came to, so that a batch
+    in two halves ends elsewhere than in one. Here the norm is a function of the kernel alone: of
+    the Gram matrix, squared eight times over, which is 256 power iterations.
+    """
+
+    def forward(self, kernel: Tensor) -> Tensor:
+        with torch.autocast(kernel.device.type, enabled=False):
+            matrix = kernel.flatten(1)  # (outputs, inputs)
+            with torch.no_grad():
+                gram = matrix @ matrix.T
+                for _ in range(8):
+                    gram = gram / gram.norm().clamp_min(1e-12)
+                    gram = gram @ gram
+                left = F.normalize(gram[gram.diagonal().argmax()], dim=0)  # (outputs,)
+                right = F.normalize(matrix.T @ left, dim=0)  # (inputs,)
+            return kernel / (left @ matrix @ right).clamp_min(1e-12)
+
+
+def spectral(conv: nn.Conv2d) -> nn.Module:
+    return register_parametrization(conv, "weight", Spectral())
+
+
 def receptive_field(layers: int) -> int:
     """Side, in pixels, of the patch that one logit sees: 16, 34, 70, 142 for 1, 2, 3, 4 layers."""
     return 9 * 2**layers - 2
@@ -49,11 +76,12 @@ def fitting_layers(size: int) -> int:
 
 
 class Discriminator(nn.Module):
-    """(B, 3, H, W) in [0, 1] -> logits (B, 1, h, w), float32, positive for real, and the features.
+    """(B, 3, H, W) in [0, 1] -> logits (B, 1, h, w), positive for real, and the features.
 
-    `size` is the shorter side of the pictures. The sequence is laid out as in the published
-    VQGAN, so that `main.{i}` names the same tensor there. The receptive field is a patch only by
-    its convolutions: GroupNorm lets a picture's statistics through from everywhere in it.
+    Logits are in float32, or wider where the network is. `size` is the shorter side
+    of the pictures. The sequence is laid out as in the published VQGAN, so that `main.{i}` names
+    the same tensor there. The receptive field is a patch only by its convolutions: GroupNorm lets
+    a picture's statistics through from everywhere in it.
     """
 
     def __init__(self, config: DiscriminatorConfig, size: int) -> None:
@@ -61,7 +89,7 @@ class Discriminator(nn.Module):
         layers = fitting_layers(size) if config.layers is None else config.layers
         if layers < 1 or size >> layers < 3:
             raise UserError(f"{layers} layers of a discriminator do not fit {size} pixels")
-        wrap = spectral_norm if config.norm == "spectral" else lambda conv: conv
+        wrap = spectral if config.norm == "spectral" else lambda conv: conv
         bias = config.norm != "group"  # the norm has its own
         width = config.channels
         main: list[nn.Module] = [wrap(nn.Conv2d(3, width, 4, 2, 1)), nn.LeakyReLU(0.2)]
@@ -79,4 +107,4 @@ class Discriminator(nn.Module):
             x = layer(x)  # (B, C, h, w)
             if isinstance(layer, nn.LeakyReLU):
                 features.append(x)
-        return x.float(), features
+        return widen(x), features

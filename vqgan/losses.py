@@ -1,6 +1,7 @@
 """What a tokenizer learns from: how near a reconstruction is to its image, and how real it looks.
 
-Images are float (B, 3, H, W) in [0, 1], logits of any shape; every loss is a mean in float32.
+Images are float (B, 3, H, W) in [0, 1], logits of any shape; every loss is a mean in float32, or
+in float64 where what it compares is.
 """
 
 import warnings
@@ -13,17 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit.common import UserError
-from vqgan.codebook import all_reduce
+from maskgit.common.precision import widen
+from maskgit.common.processes import all_reduce, world
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
     """Mean absolute difference."""
-    return (x.float() - y.float()).abs().mean()
+    return (widen(x) - widen(y)).abs().mean()
 
 
 def l2(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared difference."""
-    return (x.float() - y.float()).square().mean()
+    return (widen(x) - widen(y)).square().mean()
 
 
 RECONSTRUCTION = {"l1": l1, "l2": l2}
@@ -36,7 +38,7 @@ def gradient_loss(x: Tensor, y: Tensor, scales: int = 3) -> Tensor:
     L1 alone accepts a blurred edge; here a blurred edge costs at each scale finer than the blur.
     """
     # Differences and block means are linear: it is enough to take those of x - y.
-    d = x.float() - y.float()
+    d = widen(x) - widen(y)
     total = d.new_zeros(())
     for scale in range(scales):
         d = F.avg_pool2d(d, 2) if scale else d  # (B, 3, H/2^k, W/2^k)
@@ -46,23 +48,23 @@ def gradient_loss(x: Tensor, y: Tensor, scales: int = 3) -> Tensor:
 
 def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Half the hinge losses of real (wanted above 1) and fake (below -1); 1 if undecided."""
-    return (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()) / 2
+    return (F.relu(1 - widen(real_logits)).mean() + F.relu(1 + widen(fake_logits)).mean()) / 2
 
 
 def hinge_generator(fake_logits: Tensor) -> Tensor:
     """Minus the mean logit (Lim and Ye 2017, Geometric GAN)."""
-    return -fake_logits.float().mean()
+    return -widen(fake_logits).mean()
 
 
 def non_saturating_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Half the cross entropies of real as 1 and fake as 0; log 2 if undecided."""
-    real, fake = real_logits.float(), fake_logits.float()
+    real, fake = widen(real_logits), widen(fake_logits)
     return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
 
 
 def non_saturating_generator(fake_logits: Tensor) -> Tensor:
     """Cross entropy of fake as 1 (Goodfellow et al. 2014, section 3): steep where it is caught."""
-    return F.softplus(-fake_logits.float()).mean()
+    return F.softplus(-widen(fake_logits)).mean()
 
 
 ADVERSARIAL = {  # name -> (loss of the discriminator, loss of the generator)
@@ -80,23 +82,43 @@ def feature_matching(real_features: Sequence[Tensor], fake_features: Sequence[Te
     return torch.stack([l1(real.detach(), fake) for real, fake in pairs]).mean()
 
 
+def r1_penalty(critic: nn.Module, real: Tensor) -> Tensor:
+    """1/2 E |grad D(real)|^2, steepness at real pictures (Mescheder et al. 2018, eq. 9).
+
+    `critic` takes pictures (B, 3, H, W) and gives logits (B, ...) first. Of several logits a
+    picture, one a patch, the gradient is that of their sum, and its square is shared out among
+    them, so that it weighs against losses that are means over patches as one logit would. It is
+    dear: taken at every k-th step, and then k times, it does as much (Karras et al. 2020,
+    StyleGAN2, appendix B, lazy regularization).
+    """
+    with torch.autocast(real.device.type, enabled=False):  # squares of small numbers
+        pictures = widen(real).detach().requires_grad_()
+        logits = critic.forward(pictures)[0]  # not compiled, which allows no second derivative
+        (gradient,) = torch.autograd.grad(logits.sum(), pictures, create_graph=True)
+    return widen(gradient).square().sum() / (2 * logits.numel())
+
+
+def last_layer_gradient(loss: Tensor, last_layer: Tensor) -> Tensor:
+    """The gradient of `loss` at one kernel, of its shape; the graph stays for more."""
+    return torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
+
+
 def adaptive_weight(
-    reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, maximum: float
+    reconstruction_gradient: Tensor, adversarial_gradient: Tensor, maximum: float
 ) -> Tensor:
     """The generator's adversarial weight lambda (Esser et al. 2021, eq. 7), in [0, maximum].
 
-    The ratio of the two losses' gradient norms at `last_layer` (the decoder's last kernel), so
-    that neither drowns the other. Bounded, because a discriminator that is sure of itself hardly
-    has a gradient and the ratio then explodes. Averaged over processes, and never differentiated.
+    The ratio of the two losses' gradient norms at the decoder's last kernel, so that neither
+    drowns the other; takes the gradients themselves, of this process's pictures, because norms
+    cannot be averaged over processes. Bounded, because a discriminator that is sure of itself
+    hardly has a gradient and the ratio then explodes. Never differentiated.
     """
-
-    def norm(loss: Tensor) -> Tensor:
-        return torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
-
-    weight = norm(reconstruction_loss) / (norm(adversarial_loss) + 1e-6)
-    weight = weight.clamp(max=maximum)
-    total, processes = all_reduce(torch.stack([weight, torch.ones_like(weight)]))
-    return total / processes
+    both = torch.stack([widen(reconstruction_gradient), widen(adversarial_gradient)]).detach()
+    reconstruction, adversarial = (all_reduce(both) / world()).flatten(1).norm(dim=1)
+    # The published sum with a small number, in place of this maximum, would make the ratio depend
+    # on how large both are.
+    tiny = torch.finfo(adversarial.dtype).tiny
+    return (reconstruction / adversarial.clamp_min(tiny)).clamp(max=maximum)
 
 
 def ramp(step: int, start: int, length: int) -> float:
@@ -129,8 +151,9 @@ class Perceptual(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # its square roots need float32
-            lpips = self.lpips.to(x.device)  # no part of what is trained, so nothing else moves it
-            return lpips(x.float(), y.float(), normalize=True).mean()
+            x, y = widen(x), widen(y)
+            lpips = self.lpips.to(x.device, x.dtype)  # no trained part: nothing else moves it
+            return lpips(x, y, normalize=True).mean()
 
 
 def perceptual(vgg_path: str | Path) -> Perceptual:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from maskgit.common import UserError, pick
 from maskgit.common.folder import find, load_module, save_module
+from maskgit.common.precision import widen
 from vqgan.quantizer import Quantizer, QuantizerConfig
 
 
@@ -219,7 +220,7 @@ class VQGAN(nn.Module):
     def render(self, z: Tensor) -> Tensor:
         """(B, D, h, w) of codes -> (B, 3, H, W), in [0, 1] but for overshoot (not clamped)."""
         z = z.to(self.decoder.conv_in.weight.dtype, memory_format=torch.channels_last)
-        x = self.decoder(self.post_quant_conv(z)).float()
+        x = widen(self.decoder(self.post_quant_conv(z)))
         return (x + 1) / 2 if self.config.signed else x
 
     def forward(
@@ -234,7 +235,8 @@ class VQGAN(nn.Module):
         z = self.latents(images)  # (B, D, h, w)
         rows = self.quantizer.flatten(z)
         if not quantize:
-            return self.render(z), rows, z.new_zeros(0, dtype=torch.long), rows.sum() * 0
+            nothing = 0 * (rows.sum() + self.quantizer.codebook.sum())  # a gradient for each weight
+            return self.render(z), rows, z.new_zeros(0, dtype=torch.long), nothing
         code, tokens, loss = self.quantizer(z, beta, swapped)
         return self.render(code), rows, tokens, loss
 

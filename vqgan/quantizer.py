@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from maskgit.common import UserError
+from maskgit.common.precision import widen
 
 
 @dataclass
@@ -37,20 +38,22 @@ class Quantizer(nn.Module):
         nn.init.uniform_(self.codebook, -1 / config.codebook_size, 1 / config.codebook_size)
 
     def codes(self) -> Tensor:
-        """The codebook as it is compared and returned, fp32 (K, D)."""
-        codes = self.codebook.float()
+        """The codebook as it is compared and returned, fp32 or more (K, D)."""
+        codes = widen(self.codebook)
         return F.normalize(codes, dim=1) if self.normalize else codes
 
     def flatten(self, z: Tensor) -> Tensor:
-        """Latents (B, D, h, w) as fp32 rows (B h w, D), row-major, unit length if `normalize`."""
-        rows = rearrange(z.float(), "b d h w -> (b h w) d")
+        """Latents (B, D, h, w) as rows (B h w, D), fp32 or more, row-major; unit length if
+        `normalize`."""
+        rows = rearrange(widen(z), "b d h w -> (b h w) d")
         return F.normalize(rows, dim=1) if self.normalize else rows
 
     @torch.no_grad()
     def lookup(self, z: Tensor) -> Tensor:
         """Tokens (B, h, w) of the codes nearest to latents (B, D, h, w).
 
-        Distances are fp32 whatever the latents are: bfloat16 ones change several tokens in 100.
+        Distances are fp32 or more whatever the latents are: bfloat16 ones change several tokens in
+        100.
         """
         return self.nearest(self.flatten(z)).view(z.shape[0], *z.shape[2:])
 
@@ -74,7 +77,7 @@ class Quantizer(nn.Module):
         as taming-transformers' published models were trained.
         """
         tokens = self.lookup(z)
-        z = z.float()
+        z = widen(z)
         if self.normalize:
             z = F.normalize(z, dim=1)
         code = self.embed(tokens)

@@ -14,7 +14,8 @@ from typing import NoReturn
 
 from maskgit.common import UserError, nearest
 
-COMMANDS = ("sample", "edit", "train", "evaluate", "doctor")  # each a module of this package
+# Each a module of this package.
+COMMANDS = ("sample", "edit", "train", "tokenize", "plot", "evaluate", "doctor")
 
 # What a full or a locked disk says: no bug, so no traceback.
 DISK = {errno.ENOSPC: 1, errno.EDQUOT: 1, errno.EFBIG: 1}
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `maskgit ARGUMENTS` (by default the process's own) and return its exit status.
 
     0: done as asked. 2: a mistake in the command, the config or the input, told in one line.
-    130: interrupted. 143: terminated. 1, with a traceback: anything else.
+    130: interrupted. 143: terminated. 1: anything else, with a traceback unless it is no bug.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except UserError as error:
-        return _fail(error, 2)
+        return _fail(error, error.status)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

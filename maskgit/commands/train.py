@@ -19,10 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="in place of the config's own, such as run=FOLDER data.path=FOLDER train.steps=100",
     )
+    parser.add_argument("--restart", action="store_true", help="begin anew in the run's folder")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build, check, try two steps, tell what it takes"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny settings: under a minute")
 
 
 def run(args: argparse.Namespace) -> int:
+    from maskgit.common.processes import rank
     from maskgit.engine.config import parse_overrides, read_yaml
     from maskgit.engine.loop import Stopped
     from maskgit.joins import start
@@ -30,13 +35,22 @@ def run(args: argparse.Namespace) -> int:
 
     content = read_yaml(args.config, CONFIGS)
     described, expect = resolve(content, parse_overrides(args.settings), args.smoke)
+    if args.dry_run:
+        from maskgit.dry_run import dry_run
+
+        dry_run(described)
+        return 0
     begun = time.monotonic()
     if args.smoke and expect:
         print(f"expect: {expect}")
     try:
-        last = start(described)
+        last = start(described, args.restart)
     except Stopped as stopped:
+        if not rank():
+            print(stopped)
         return stopped.status
+    if rank():
+        return 0  # the main process tells
     if last is None:
         print(f"{described.run} has finished its {described.train.steps} steps: nothing to do")
         return 0

@@ -11,8 +11,16 @@ class UserError(Exception):
     """A mistake in the command, the config or the input.
 
     The message is one line: what is wrong, where, and the way out. Commands print it and exit
-    with status 2; everything else is a bug and keeps its traceback.
+    with its status; everything else is a bug and keeps its traceback.
     """
+
+    status = 2
+
+
+class RunError(UserError):
+    """What went wrong on the way and was no mistake: a full disk, a process that was killed."""
+
+    status = 1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,9 +1,13 @@
 """Models on disk: a folder with `config.json` and `model.safetensors`, found by path or by name."""
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FORMAT_VERSION = 1
+PARTIAL = ".partial-"  # begins the name of a folder that is being written
+LOCK = ".lock"  # in a folder that one process at a time may write to
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = {"emoji": ASSETS / "emoji"}  # models that travel with the project, by name
 
@@ -80,10 +86,65 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all: to a hidden neighbour, then renamed."""
+    """Write a file as a whole or not at all. A disk that is full is an OSError that names it."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden neighbour of a file, to write to, which then takes its place."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        with naming(path):
+            yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def unfinished(folder: Path) -> Iterator[Path]:
+    """What a killed process has left in a folder of what it was replacing."""
+    return (path for path in folder.glob(".*") if re.fullmatch(r"\..+\.\d+", path.name))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of writing says which file it was: Python's own does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep `folder` to this process; UserError while another one does.
+
+    The operating system holds the lock, for the process and not for what it starts: a process that
+    was killed leaves none behind. A folder in which nothing came of it goes again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by another process ({file.read() or 'unknown'}): wait for it, "
+                f"or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
 
 
 def file_hash(path: Path) -> str:
@@ -112,9 +173,8 @@ def save_module(folder: str | Path, module: "nn.Module", config: Any, half: bool
         k: (v.half() if half and v.is_floating_point() else v).cpu().contiguous()
         for k, v in module.state_dict().items()
     }
-    partial = folder / f".model.safetensors.{os.getpid()}"
-    write_tensors(partial, state)
-    partial.replace(folder / "model.safetensors")
+    with replacing(folder / "model.safetensors") as partial:
+        write_tensors(partial, state)
     write_json(
         folder / "config.json", {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
     )
@@ -127,7 +187,8 @@ def write_tensors(
     file, and a full disk is an OSError."""
     from safetensors.torch import save
 
-    path.write_bytes(save(tensors, metadata))
+    with naming(path):
+        path.write_bytes(save(tensors, metadata))
 
 
 def load_state(path: Path) -> dict[str, Any]:

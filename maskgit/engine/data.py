@@ -6,8 +6,7 @@ run can go on at any step, with any number of workers, and see what it would hav
 
 import hashlib
 import logging
-import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from maskgit.common import UserError, pick
 from maskgit.engine.images import BadImage, decode, fit
+from maskgit.engine.loader import Pairs, load
 from maskgit.engine.order import Order
 from maskgit.engine.sources import (
     BUNDLED_SHARDS,
@@ -223,78 +223,44 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[dict[str, Tensor]]:
-    """Endless training batches: image uint8 (B, 3, H, W), label and index int64 (B,).
+    """Endless training batches of one process: image uint8 (B, 3, H, W), label, index and seed
+    int64 (B,), the seed being that of the sample (see `sample_seeds`).
 
-    The batch of a step is a function of (seed, step, rank, world_size); `workers` changes nothing.
-    `batch_size` is that of one process. Unusable files are counted in `images.broken`; raises
-    UserError when there are too many.
+    `batch_size` is that of a step, over all processes: B = batch_size / world_size. Process `rank`
+    has its B after those of the processes before it, so that the samples of a step are a function
+    of (seed, step), and in their order, whatever the number of processes and of `workers`.
+    Unusable files are counted in `images.broken`; raises UserError when there are too many, and for
+    a batch that cannot be shared evenly.
     """
-    order = Order(images.labels, seed, balanced)
+    order, share = Order(images.labels, seed, balanced), share_of(batch_size, world_size)
 
-    def plan() -> Iterator[list[tuple[int, int]]]:
+    def plan() -> Iterator[Pairs]:
         for step in count(start_step):
-            first = (step * world_size + rank) * batch_size
-            yield [(order(draw), draw) for draw in range(first, first + batch_size)]
+            first = step * batch_size + rank * share
+            yield [(order(draw), draw) for draw in range(first, first + share)]
 
-    return _load(images, plan(), seed, workers)
+    return load(images, plan(), seed, workers)
+
+
+def share_of(batch_size: int, world_size: int) -> int:
+    """The images of a step that each process has; UserError where they cannot be shared evenly."""
+    if batch_size < 1 or batch_size % world_size:
+        raise UserError(
+            f"train.batch_size={batch_size} cannot be shared evenly by {world_size} processes: "
+            f"give a multiple of {world_size}"
+        )
+    return batch_size // world_size
 
 
 def in_order(images: ImageSet, batch_size: int, workers: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Each usable image once, as it is, in the set's order: batches as those of `batches`.
+    """Each usable image once, as it is, in the set's order: batches as those of `batches`, but
+    without seeds.
 
     Unusable files are left out, so that a batch may be smaller.
     """
-    starts = range(0, len(images), batch_size)
-    plan = ([(i, None) for i in range(s, min(s + batch_size, len(images)))] for s in starts)
-    return _load(images, plan, 0, workers)
 
+    def plan() -> Iterator[Pairs]:
+        for start in range(0, len(images), batch_size):
+            yield [(i, None) for i in range(start, min(start + batch_size, len(images)))]
 
-class _Batches(Dataset):
-    """Turns a list of (index, draw) into a batch, wherever the loader runs it."""
-
-    def __init__(self, images: ImageSet, seed: int):
-        self.images, self.seed = images, seed
-
-    def __getitem__(self, pairs: list[tuple[int, int | None]]) -> dict[str, Any] | UserError:
-        try:
-            samples = [self.images.get(index, draw, self.seed) for index, draw in pairs]
-        except UserError as error:  # raised in a worker, it would lose its one line
-            return error
-        broken = {path: why for sample in samples for path, why in sample["broken"].items()}
-        kept = [
-            sample
-            for sample, (index, draw) in zip(samples, pairs, strict=True)
-            if draw is not None or sample["index"] == index
-        ]
-        if not kept:
-            return {"broken": broken}
-        return {
-            "image": torch.stack([sample["image"] for sample in kept]),  # (B, 3, H, W)
-            "label": torch.tensor([sample["label"] for sample in kept]),
-            "index": torch.tensor([sample["index"] for sample in kept]),
-            "broken": broken,
-        }
-
-
-def _load(
-    images: ImageSet, plan: Iterable[list[tuple[int, Any]]], seed: int, workers: int
-) -> Iterator[dict[str, Tensor]]:
-    loader = DataLoader(
-        _Batches(images, seed),
-        batch_size=None,
-        sampler=plan,
-        num_workers=workers,
-        worker_init_fn=_leave_interrupts,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else it draws from the global one, and resume is not exact
-    )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        images.report(batch.pop("broken"))
-        if batch:
-            yield batch
-
-
-def _leave_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
+    return load(images, plan(), 0, workers)

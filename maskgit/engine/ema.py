@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -20,8 +20,7 @@ class EMA:
     def update(self, module: nn.Module, step: int) -> None:
         """Follow `module` after its update number `step` (from 0); buffers are copied."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        pairs = zip(self.module.parameters(), module.parameters(), strict=True)
-        for average, current in pairs:
-            average.lerp_(current, 1 - decay)
+        average: list[Tensor] = list(self.module.parameters())
+        torch._foreach_lerp_(average, list(module.parameters()), 1 - decay)  # of all at once
         for own, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             own.copy_(theirs)

@@ -1,288 +1,221 @@
-"""The training loop. It knows devices, optimizers, averages and checkpoints, and no task.
+"""The training loop. It knows devices, processes, averages and checkpoints, and no task."""
 
-A task gives its `parts` (modules by name, the first of them the model that is averaged and
-exported), a `step` that yields one (part, loss, logs) per optimizer update, `validate`, `draw`
-and `export`. So the two optimizers of a GAN are two yields, not a special case.
-"""
-
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate.utils import InitProcessGroupKwargs
 
 from maskgit.common import UserError
 from maskgit.common.device import pick_device, pick_dtype
-from maskgit.common.progress import meter
-from maskgit.engine import checkpoint
-from maskgit.engine.ema import EMA
+from maskgit.common.processes import on_main, rank, world
+from maskgit.common.progress import Advance, meter
+from maskgit.common.signals import Held, Interrupted, held
 from maskgit.engine.journal import Journal
-from maskgit.engine.optim import decay_groups, warmup_cosine
+from maskgit.engine.state import Notes, State
+from maskgit.engine.task import Batch, Task, TrainConfig
 
-Batch = dict[str, Tensor]
-
-
-@dataclass
-class TrainConfig:
-    """How any task is trained. Intervals are in steps; 0 switches one off."""
-
-    steps: int = 1000
-    batch_size: int = 32
-    lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.96])
-    weight_decay: float = 0.045
-    warmup: int = 100
-    final_lr: float = 0.0  # share of `lr` that is left at the last step
-    clip: float = 1.0  # largest norm of each part's gradient
-    ema: float = 0.999
-    seed: int = 0
-    log_every: int = 50
-    validate_every: int = 500
-    draw_every: int = 500
-    save_every: int = 500
-    keep_last: int = 2
-    device: str = "auto"
-    dtype: str = "auto"  # fp32 or bf16, of the forward pass; weights and their updates are fp32
-    compile: bool = False  # torch.compile: half a minute at the start, then faster
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr", "clip", "keep_last"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"train.{name}={getattr(self, name)} must be above 0")
-        for name in ("weight_decay", "warmup", "seed", "final_lr"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"train.{name}={getattr(self, name)} must be 0 or more")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in [*self.betas, self.ema]):
-            raise UserError(f"train.betas={self.betas} and train.ema={self.ema} must be below 1")
-
-
-class Task(Protocol):
-    parts: dict[str, nn.Module]
-    units: dict[str, int]  # what an image counts as, in reported rates: {"images": 1, ...}
-
-    def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]: ...
-
-    def validate(self, model: Any, batches: Iterable[Batch]) -> dict[str, float]: ...
-
-    def draw(self, model: Any, batch: Batch) -> Tensor: ...
-
-    def export(self, model: Any, folder: Path) -> None: ...
+Sets = dict[str, Callable[[], Iterable[Batch]]]
+# For so long processes wait for the main one to validate, draw and save.
+PATIENCE = timedelta(hours=4)
 
 
 class Stopped(Exception):
     """SIGTERM or Ctrl-C arrived; everything is saved."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, step: int) -> None:
+        saved = f"saved at step {step}" if step else "nothing had been learnt yet"
+        super().__init__(f"stopped by a signal; {saved}")
         self.status = 128 + number
-
-
-def mixed(seed: int, step: int) -> int:
-    """A seed for one step: all that is random in a step follows from it, also after a resume."""
-    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 1) & (2**63 - 1)
 
 
 def train(
     task: Task,
     batches: Callable[[int], Iterator[Batch]],
-    validation: dict[str, Callable[[], Iterable[Batch]]],
+    validation: Sets,
     config: TrainConfig,
     run: Path,
     log: Callable[[str], None] = print,
 ) -> dict[str, float] | None:
     """Train up to `config.steps`, from the newest complete checkpoint of the folder `run` if any.
 
-    `batches(step)` gives the batches from that step on; `validation` names sets, each a function
-    that gives the same batches at each call. Writes `metrics.jsonl`, `samples/`, `checkpoints/`,
-    TensorBoard's events and, at the end and at each save, `export/`. Returns the last metrics, or
-    None if the run had finished before. Raises Stopped after a signal, once all is saved.
+    `batches(step)` gives this process's share of the batches from that step on; `validation` names
+    sets, each a function that gives the same batches at each call. Writes `metrics.jsonl`,
+    `samples/`, `checkpoints/`, what trackers write and, at each save, `export/`. Returns the last
+    metrics, or None if the run had finished before. Raises Stopped after a signal, once all is
+    saved. All processes call it; the main one validates, draws, writes and tells.
     """
     accelerator = make_accelerator(config)
-    state = _State(task, config, accelerator, log)
+    state = State(task, config, accelerator, log)
     start = state.resume(run, log)
     if start >= config.steps:
-        task.export(state.ema.module, run / "export")  # a kill may have come before it
+        on_main(lambda: state.export(run / "export"))  # a kill may have come before it
         return None
-    journal = Journal(run, start)
     last: dict[str, float] = {}
-    progress = meter(config.steps, "step", done=start)
-    with progress as advance, _caught_signals() as stop, closing(journal.board):
+    unheeded: list[Notes] = []
+    pace, saved = Pace(), time.monotonic()
+    with held() as stop, _journal(run, start, config) as (journal, advance):
         stream = batches(start)
-        interval, seconds = [], 0.0
         for step in range(start, config.steps):
-            since = time.monotonic()
-            batch = {k: v.to(accelerator.device) for k, v in next(stream).items()}
-            interval.append(state.update(batch, step))
-            seconds += time.monotonic() - since  # of training, without validation and saving
-            done = step + 1
-            if _due(done, config.log_every, config.steps) or done == config.steps:
-                last = averaged(interval)
-                rate = len(interval) * config.batch_size / seconds
-                last |= {f"{unit}_per_second": n * rate for unit, n in task.units.items()}
-                interval, seconds = [], 0.0
-                journal.write(done, last)
+            done, late = step + 1, 0 < 60 * config.save_minutes < time.monotonic() - saved
+            todo = due(config, done)
+            with pace:
+                batch = _next(stream, state, run, step, unheeded, stop)
+                unheeded.append(state.update(batch, step, late, bool(stop)))
+                # On a GPU the host is a step ahead, and waits for nothing but the step before.
+                ahead = accelerator.device.type == "cuda" and not todo
+                while len(unheeded) > ahead:
+                    todo |= state.heed(unheeded.pop(0))
+                logged = state.logged() if "log" in todo else {}
+            score = None
+            if logged:
+                rate = pace.steps_per_second() * config.batch_size
+                logged |= {f"{unit}_per_second": n * rate for unit, n in task.units.items()}
+            if "validate" in todo:
+                heldout = on_main(lambda: _validate(state, validation, stop))
+                score = heldout.get(task.best[0])
+                log(f"step {done}: " + _line(last | logged | heldout))
+                logged |= heldout
+            if logged:
+                last |= logged
+                if journal:
+                    journal.write(done, logged)
+                for warning in task.watch(done, logged):
+                    log(f"warning: {warning}")
             advance(note=f"loss {last['loss']:.4f}" if "loss" in last else "")
-            if _due(done, config.validate_every, config.steps):
-                for name, make in validation.items():
-                    scores = task.validate(state.ema.module, _on(make(), accelerator.device))
-                    last |= {f"{name}/{k}": v for k, v in scores.items()}
-                journal.write(done, {k: v for k, v in last.items() if "/" in k})
-                log(f"step {done}: " + _line(last))
-            if _due(done, config.save_every, config.steps) or done == config.steps or stop:
-                state.save(run, done)
-                task.export(state.ema.module, run / "export")
-            if _due(done, config.draw_every, config.steps):
-                journal.picture(done, task.draw(state.ema.module, batch))
-            if stop:
-                log(f"stopped by a signal; saved at step {done}")
-                raise Stopped(stop[0])
+            better = state.is_best(run, score)
+            if better or todo & {"save", "stop"}:
+                state.save(run, done, score)
+                saved = time.monotonic()
+            if better:
+                on_main(lambda: state.export(run / "best"))
+            if "draw" in todo:
+                on_main(partial(_draw, state, journal, done, batch))
+            if "stop" in todo:
+                raise Stopped(stop[0] if stop else signal.SIGTERM, done)
     return last
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Device and precision of the forward pass, as the config asks; UserError if it cannot be."""
+    """Device, processes and precision of the forward pass, as the config and the launcher ask;
+    UserError if it cannot be."""
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     if dtype == torch.float16:
         raise UserError("train.dtype=fp16 would need loss scaling: take bf16 or fp32")
     if device.index is not None:
         torch.cuda.set_device(device)
-    bf16 = dtype == torch.bfloat16
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if bf16 else "no")
-    if accelerator.num_processes > 1:
-        raise UserError(f"training takes one process, not {accelerator.num_processes}, as yet")
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    share, rest = divmod(config.batch_size, world())
+    if rest:
+        raise UserError(
+            f"train.batch_size={config.batch_size} cannot be shared evenly by {world()} processes: "
+            f"give a multiple of {world()}"
+        )
+    if config.micro_batch and share % min(share, config.micro_batch):
+        raise UserError(
+            f"train.micro_batch={config.micro_batch} does not divide the {share} images of a step "
+            f"that each process has"
+        )
     return accelerator
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs: for a processor, a C++ compiler."""
-    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
-    return device.type != "cpu" or any(shutil.which(name) for name in compilers)
+INTERVALS = ("log", "validate", "save", "draw")
 
 
-def averaged(interval: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The mean of each logged value over some steps, leaving out those that are not numbers."""
-    names = {name: None for logs in interval for name in logs}
-    means = {
-        name: torch.stack([logs[name].float() for logs in interval if name in logs]).nanmean()
-        for name in names
-    }
-    return {name: float(mean) for name, mean in means.items() if mean == mean}
+def due(config: TrainConfig, done: int) -> set[str]:
+    """What is to be done after step number `done`, from 1 on; all that is ever done at the last."""
+    final = done == config.steps
+    every = {name: getattr(config, f"{name}_every") for name in INTERVALS}
+    todo = {name for name, n in every.items() if n > 0 and (final or done % n == 0)}
+    return todo | {"log", "save"} if final else todo
 
 
-class _State:
-    """Everything that a checkpoint holds: parts, their optimizers, the average."""
+class Pace:
+    """How fast steps are, without what happens between them; `with` surrounds one."""
 
-    def __init__(
-        self, task: Task, config: TrainConfig, accelerator: Accelerator, log: Callable[[str], None]
-    ) -> None:
-        self.task, self.config, self.accelerator = task, config, accelerator
-        for part in task.parts.values():
-            part.to(accelerator.device).train()
-        self.optimizers = {
-            name: torch.optim.AdamW(
-                decay_groups(part, config.weight_decay),
-                lr=config.lr,
-                betas=(config.betas[0], config.betas[1]),
-                fused=True,
-            )
-            for name, part in task.parts.items()
-            if any(p.requires_grad for p in part.parameters())
-        }
-        self.model = next(iter(task.parts.values()))
-        self.ema = EMA(self.model, config.ema)
-        if config.compile and can_compile(accelerator.device):
-            # The adaptive weight of a GAN walks the graph before `backward` does.
-            torch._functorch.config.donated_buffer = False
-            for part in task.parts.values():
-                part.compile()
-        elif config.compile:
-            log("no C++ compiler found (CXX, c++, g++, clang++): training goes on uncompiled")
+    def __init__(self) -> None:
+        self.steps, self.seconds = 0, 0.0
 
-    def update(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """One step: each update that the task yields, then the average."""
-        config = self.config
-        torch.manual_seed(mixed(config.seed, step))
-        factor = warmup_cosine(step, config.warmup, config.steps, config.final_lr)
-        merged: dict[str, Tensor] = {}
-        with self.accelerator.autocast():
-            for name, loss, logs in self.task.step(batch, step):
-                optimizer = self.optimizers[name]
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * factor
-                self.accelerator.backward(loss)
-                parameters = [p for p in self.task.parts[name].parameters() if p.requires_grad]
-                norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-                if not torch.isfinite(norm):
-                    ids = batch["index"].tolist() if "index" in batch else "unknown"
-                    raise UserError(
-                        f"the loss or gradient of {name} is not finite at step {step} (samples "
-                        f"{ids}): the last checkpoint is kept; lower train.lr or check the data"
-                    )
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                merged |= {**logs, f"gradient_{name}": norm}
-        self.ema.update(self.model, step)
-        merged["lr"] = torch.tensor(config.lr * factor)
-        return merged
+    def __enter__(self) -> None:
+        self.since = time.monotonic()
 
-    def save(self, run: Path, step: int) -> None:
-        state = {name: part.state_dict() for name, part in self.task.parts.items()}
-        state |= {f"optim-{k}": checkpoint.flatten(o) for k, o in self.optimizers.items()}
-        state["average"] = self.ema.module.state_dict()
-        checkpoint.save(run / "checkpoints", step, state, {}, self.config.keep_last)
+    def __exit__(self, *error: object) -> None:
+        self.steps, self.seconds = self.steps + 1, self.seconds + time.monotonic() - self.since
 
-    def resume(self, run: Path, log: Callable[[str], None]) -> int:
-        """Load the newest complete checkpoint of `run`; returns the step to go on with."""
-        found = checkpoint.newest(run / "checkpoints")
-        if found is None:
-            return 0
-        state, manifest, skipped = found
-        for why in skipped:
-            log(f"checkpoint skipped: {why}")
-        for name, part in self.task.parts.items():
-            part.load_state_dict(state[name])
-        for name, optimizer in self.optimizers.items():
-            checkpoint.unflatten(optimizer, state.get(f"optim-{name}", {}))
-        self.ema.module.load_state_dict(state["average"])
-        log(f"resuming {run} at step {manifest['step']}")
-        return manifest["step"]
+    def steps_per_second(self) -> float:
+        """Since this was last asked."""
+        rate = self.steps / self.seconds
+        self.steps, self.seconds = 0, 0.0
+        return rate
 
 
-def _due(done: int, every: int, steps: int) -> bool:
-    return every > 0 and (done % every == 0 or done == steps)
+def _next(
+    stream: Iterator[Batch], state: State, run: Path, step: int, unheeded: list[Notes], stop: Held
+) -> Batch:
+    """The next batch; where there is none to be had, or a signal comes first, what was learnt is
+    saved. Several processes cannot do that without each other, so there the batch is waited for."""
+    try:
+        with stop.ending() if world() == 1 else nullcontext():
+            return next(stream)
+    except (UserError, Interrupted) as error:
+        if world() == 1 and step > state.start:
+            for notes in unheeded:
+                state.heed(notes)
+            state.save(run, step)
+        if isinstance(error, Interrupted):
+            raise Stopped(stop[0], step) from None
+        raise
 
 
-def _on(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    for batch in batches:
-        yield {k: v.to(device) for k, v in batch.items()}
+def _draw(state: State, journal: Journal | None, done: int, batch: Batch) -> None:
+    sheet = state.task.draw(state.ema.module, state.on_device(batch))
+    if journal:
+        journal.picture(done, sheet)
+
+
+def _validate(state: State, sets: Sets, stop: list[int]) -> dict[str, float]:
+    """Scores of the averaged weights; none after a signal, which ends it early."""
+
+    def moved(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if stop:
+                raise Interrupted
+            yield state.on_device(batch)
+
+    found: dict[str, float] = {}
+    try:
+        for name, make in sets.items():
+            scores = state.task.validate(state.ema.module, moved(make()))
+            found |= {f"{name}/{k}": v for k, v in scores.items()}
+    except Interrupted:
+        return {}
+    return found
+
+
+@contextmanager
+def _journal(
+    run: Path, start: int, config: TrainConfig
+) -> Iterator[tuple[Journal | None, Advance]]:
+    """The journal, and how to tell of progress: both in the main process alone."""
+    if rank():
+        yield None, lambda count=1, note="": None
+        return
+    journal = Journal(run, start, config.trackers, asdict(config))
+    with closing(journal), meter(config.steps, "step", done=start) as advance:
+        yield journal, advance
 
 
 def _line(values: dict[str, float]) -> str:
     return "  ".join(f"{k} {v:.4g}" for k, v in values.items() if not k.startswith("accuracy_"))
-
-
-@contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM or SIGINT puts its number into; a second one ends the process at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,8 +1,23 @@
-"""In which order the samples of a data set come."""
+"""In which order the samples of a data set come, and the seed of each."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
+
+# 2^63 over the golden ratio, odd: of all numbers, this one's multiples keep furthest apart.
+_APART = 0x4F1BBCDCBFA53E0B
+
+
+def sample_seeds(seed: int, draws: Sequence[int]) -> Tensor:
+    """One seed for each sample of a run: int64 (B,), from 0 to below 2^63.
+
+    seed: the run's. draws: the samples' numbers in the endless stream. Different for different
+    draws of a run, and for different runs too as long as seeds differ by less than 2^20 and draws
+    stay below 2^40. For `noise.uniform`, which makes of neighbours what has nothing in common.
+    """
+    return torch.tensor([(seed * _APART + draw) % 2**63 for draw in draws], dtype=torch.int64)
 
 
 class Order:

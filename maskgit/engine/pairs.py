@@ -3,12 +3,11 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import count
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from maskgit.common import noise
 from maskgit.engine.captions import captions_of
 from maskgit.engine.data import ImageSet
 
@@ -29,11 +28,10 @@ class Pairs:
         self.most = max(len(own) for own in self.captions)  # M
         self.tokenize = tokenize
 
-    def drawn(self, batches: Iterable[Batch], seed: int, step: int) -> Iterator[Batch]:
-        """For training, batches of `step` and after: of several captions one at random, which is a
-        function of (seed, step, place in the batch)."""
-        for number, batch in zip(count(step), batches, strict=False):
-            draws = np.random.default_rng([seed, number]).random(len(batch["index"]))
+    def drawn(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """For training: of an image's captions one at random, by the sample's `seed` alone."""
+        for batch in batches:
+            draws = noise.uniform(batch["seed"], 0, 1, noise.CAPTION)[:, 0]  # (B,)
             yield self.join(batch, draws.tolist())
 
     def first(self, batches: Iterable[Batch]) -> Iterator[Batch]:

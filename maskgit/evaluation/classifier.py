@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from maskgit.common import UserError
 from maskgit.common.folder import find, load_module, save_module
+from maskgit.common.precision import widen
 
 
 @dataclass
@@ -77,18 +78,18 @@ class Classifier(nn.Module):
         self.to(memory_format=torch.channels_last)  # convolutions run fastest this way
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1], of any size -> (B, D) float32, before the last layer."""
+        """(B, 3, H, W) in [0, 1], of any size -> (B, D), fp32 or more, before the last layer."""
         side = self.config.size
         if images.shape[2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
         x = images * 2 - 1
         x = x.to(self.stem.weight.dtype, memory_format=torch.channels_last)
         x = self.blocks(self.stem(x))  # (B, D, h, w)
-        return F.silu(self.norm(x)).mean((2, 3)).float()
+        return widen(F.silu(self.norm(x)).mean((2, 3)))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> logits (B, num_classes)."""
-        return self.head(self.features(images).to(self.head.weight.dtype)).float()
+        return widen(self.head(self.features(images).to(self.head.weight.dtype)))
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
         save_module(folder, self, self.config, half)

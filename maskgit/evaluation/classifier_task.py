@@ -1,7 +1,9 @@
 """What one training step of the classifier does: vary the images, name them, compare."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,9 +14,11 @@ from torchvision.utils import make_grid
 from maskgit.common import UserError
 from maskgit.common.folder import write_json
 from maskgit.common.vary import VaryConfig, vary
+from maskgit.common.watch import Stays, Watch
+from maskgit.engine.task import Loss
 from maskgit.evaluation.classifier import Classifier
 
-Batch = dict[str, Tensor]  # image uint8 (B, 3, H, W), label int64 (B,)
+Batch = dict[str, Tensor]  # image uint8 (B, 3, H, W), label and, in training, seed int64 (B,)
 
 
 @dataclass
@@ -38,14 +42,30 @@ class ClassifierTask:
         self.config, self.labels = config, list(labels)
         self.parts: dict[str, nn.Module] = {"classifier": model}
         self.units = {"images": 1}
+        self.best = ("heldout/top1", max)
+        chance = math.log(model.config.num_classes)
+        self.watch = Watch(
+            Stays(
+                "loss",
+                f"that is ln(classes) = {chance:.3f}, chance: nothing is learnt; lower train.lr",
+                low=chance - 0.05,
+            )
+        )
 
-    def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """The one update of a step: ("classifier", loss, logs)."""
-        images, labels = vary(batch["image"].float() / 255, self.config), batch["label"]
+    def step(
+        self, batches: list[Batch], step: int
+    ) -> Iterator[tuple[str, list[Callable[[], Loss]]]]:
+        """The one update of a step, of the classifier."""
+        yield "classifier", [partial(self.loss, batch) for batch in batches]
+
+    def loss(self, batch: Batch) -> Loss:
+        """The mean over images, how many they are, and what to log."""
+        images = vary(batch["image"].float() / 255, self.config, batch["seed"])
+        labels = batch["label"]
         logits = self.parts["classifier"](images)  # (B, num_classes)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         hits = (logits.argmax(1) == labels).float().mean()
-        yield "classifier", loss, {"loss": loss.detach(), "top1": hits}
+        return loss, float(len(labels)), {"loss": loss, "top1": hits}
 
     @torch.no_grad()
     def validate(self, model: Classifier, batches: Iterable[Batch]) -> dict[str, float]:

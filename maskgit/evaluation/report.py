@@ -130,10 +130,10 @@ def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def save_figure(file: Path, figure: "Figure") -> None:
-    """A figure of matplotlib's as a PNG; the figure is closed."""
+    """A figure of matplotlib's, in the format of the file's suffix (PNG without one); it is closed."""
     from matplotlib import pyplot
 
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
+    figure.savefig(image, format=file.suffix.lower()[1:] or "png", dpi=120)
     pyplot.close(figure)
     write_whole(file, image.getvalue())

@@ -1,4 +1,5 @@
-"""Random numbers as a function of (seed, step, position): a seed names an image.
+"""Random numbers as a function of (seed, step, position, stream): a seed names an image, and in
+training one sample of the endless stream.
 
 There is no generator and no state, so batch size, order and the number of processes change
 nothing. All arithmetic is on integers below 2^63, which every device and compiler agrees on.
@@ -7,7 +8,11 @@ nothing. All arithmetic is on integers below 2^63, which every device and compil
 import torch
 from torch import Tensor
 
-TOKEN, CHOICE = 0, 1  # streams: the draw of the token, the Gumbel noise of the choice
+# Streams, one for each thing that is drawn. Decoding: the token, the Gumbel noise of the choice.
+TOKEN, CHOICE = 0, 1
+# Training: how much is masked and where, whether the label is dropped, how an image is varied,
+# which of its captions and which of its cached variants (mirrored, cropped) is taken.
+MASK_RATIO, MASK, LABEL, VARY, CAPTION, VARIANT = 2, 3, 4, 5, 6, 7
 
 _LOW = 0xFFFFFFFF
 # Any two will do: they make two keys of 32 bits from the same words, so that no two images are

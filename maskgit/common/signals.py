@@ -1,0 +1,75 @@
+"""SIGTERM and Ctrl-C that have to wait for a good moment to stop at."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(BaseException):
+    """A signal has ended a wait. No Exception, so that no code on the way takes it for an error."""
+
+
+class Held(list[int]):
+    """The number of the signal that was received, if one was."""
+
+    waiting = False  # for what a signal may end
+
+    def note(self, number: int, frame: object) -> None:
+        self.append(number)
+        if self.waiting:
+            raise Interrupted
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """A block that a signal ends, with Interrupted: a wait for what may never come."""
+        self.waiting = True
+        try:
+            if self:
+                raise Interrupted
+            yield
+        finally:
+            self.waiting = False
+
+
+_held: list[Held] = []  # the outermost block's, while in one
+
+
+@contextmanager
+def held() -> Iterator[Held]:
+    """Of SIGTERM and SIGINT the first is only noted, in what this gives; a second one ends the
+    process at once, with the status 128 + its number.
+
+    A thread sees to that: the main one may be waiting for another process, or for a disk, and
+    handles no signal then. A block within another notes what the outer one does.
+    """
+    if _held:
+        yield _held[0]
+        return
+    received = Held()
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)  # as Python wants it
+
+    def watch() -> None:
+        count = 0
+        while number := os.read(reading, 1):  # of each signal that this process handles
+            count += number[0] in NUMBERS
+            if count > 1:
+                os._exit(128 + number[0])
+        os.close(reading)
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = {number: signal.signal(number, received.note) for number in NUMBERS}
+    waker = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    _held.append(received)
+    try:
+        yield received
+    finally:
+        _held.clear()
+        signal.set_wakeup_fd(waker)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writing)

@@ -1,0 +1,326 @@
+"""`maskgit tokenize`, and training from what it makes: refusals, full disks, kills and signals."""
+
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, one_line
+from pictures import config, make_folder
+from tiny_tokenizer import save_tokenizer, shards
+
+from maskgit.commands.main import main
+from maskgit.common import UserError
+from maskgit.engine.tokens import open_tokens
+from maskgit.joins import maskgit_run
+from maskgit.runs import MaskGITRun
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Thirty pictures in two classes."""
+    return make_folder(tmp_path / "photos", ["left", "right"], 15)
+
+
+@pytest.fixture
+def command(photos, tokenizer_folder, tmp_path):
+    """What makes a cache of `photos`, in small shards."""
+    words = f"tokenize --data {photos} --tokenizer {tokenizer_folder} --out {tmp_path}/tokens"
+    return f"{words} --size 16 16 --shard-images 6".split()
+
+
+@pytest.fixture
+def tokenized(command, tmp_path):
+    """That cache."""
+    assert main(command) == 0
+    return tmp_path / "tokens"
+
+
+# Training from it.
+
+
+def join(data, tokenizer, folder, **settings):
+    """The task, stream and validation sets of a transformer's run."""
+    run = MaskGITRun(tokenizer=str(tokenizer), data=config(data, **settings))
+    run.model = replace(run.model, width=32, depth=1, heads=2)
+    run.train.batch_size = 7
+    run.train.device = "cpu"
+    return maskgit_run(run, folder, print)
+
+
+def test_a_cache_gives_the_batches_that_its_images_give(
+    tokenized, photos, tokenizer_folder, tmp_path
+):
+    from_images = join(photos, tokenizer_folder, tmp_path / "run")
+    from_tokens = join(tokenized, tokenizer_folder, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert sorted(p.name for p in (tmp_path / "run/tokens").iterdir()) == ["heldout", "train"]
+    for start in (0, 5):
+        streams = [joined[1](start) for joined in (from_images, from_tokens)]
+        for _ in range(6):
+            a, b = map(next, streams)
+            assert a.keys() == b.keys() == {"tokens", "label", "index", "seed"}
+            assert all(torch.equal(a[key], b[key]) for key in a)
+    for name in ("train", "heldout"):
+        a, b = (list(joined[2][name]()) for joined in (from_images, from_tokens))
+        assert [x["tokens"].tolist() for x in a] == [x["tokens"].tolist() for x in b] != []
+    one, other = (joined[0].parts["transformer"].config for joined in (from_images, from_tokens))
+    assert one == other and one.grid == [4, 4] and one.num_classes == 2
+
+
+def test_training_refuses_what_does_not_fit(tokenized, tokenizer_folder, tmp_path):
+    other = save_tokenizer(tmp_path / "other", seed=1)
+    with pytest.raises(UserError) as error:
+        join(tokenized, other, tmp_path / "run")
+    one_line(error, tokenizer_folder, f"tokenizer={other}", "sha256")
+    with pytest.raises(UserError, match=r"give data\.mirror=true"):
+        join(tokenized, tokenizer_folder, tmp_path / "run", mirror=False)
+    with pytest.raises(UserError, match=r"give data\.no_mirror=\[\]"):
+        join(tokenized, tokenizer_folder, tmp_path / "run", no_mirror=["left"])
+    with pytest.raises(UserError, match="has no folder train"):
+        join(tokenized / "train", tokenizer_folder, tmp_path / "run")
+    shutil.rmtree(tokenized / "heldout")
+    with pytest.raises(UserError, match="has no folder heldout"):
+        join(tokenized, tokenizer_folder, tmp_path / "run")
+    (tokenized / "train" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"tokens/train is no complete token cache"):
+        join(tokenized, tokenizer_folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_refuses_tokens_of_another_tokenizer_in_its_folder(
+    photos, tokenizer_folder, tmp_path
+):
+    join(photos, tokenizer_folder, tmp_path / "run")
+    other = save_tokenizer(tmp_path / "other", seed=1)
+    with pytest.raises(UserError) as error:
+        join(photos, other, tmp_path / "run")
+    one_line(error, tmp_path / "run/tokens/train", tokenizer_folder, other)
+
+
+# The command.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--size 18 16", "no multiple of 4 pixels"),
+        ("--no-mirror lefd", "did you mean 'left'"),
+        ("--dtype fp16", "take bf16 or fp32"),
+        ("--data nowhere", "no data at nowhere"),
+        ("--tokenizer nowhere", "no model at nowhere"),
+        ("--heldout 0", "no held-out images"),
+        ("--split test", "--split"),
+        ("--crops -1", "--crops"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, photos, tokenizer_folder, tmp_path, capsys):
+    command = f"tokenize --data {photos} --tokenizer {tokenizer_folder} --out {tmp_path}/t"
+    assert main([*command.split(), "--size", "16", "16", *options.split()]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
+def test_options_say_what_the_variants_are(photos, tokenizer_folder, tmp_path):
+    command = f"tokenize --data {photos} --tokenizer {tokenizer_folder} --size 16 16 --heldout 0.5"
+    for options, variants in (
+        ("", 2),
+        ("--no-mirror", 1),
+        ("--no-mirror left right", 2),
+        ("--no-mirror --crops 2", 3),
+        ("--crops 2 --dtype bf16 --workers 1", 6),
+    ):
+        out = tmp_path / f"tokens{options}"
+        assert main([*command.split(), *options.split(), "--out", str(out)]) == 0
+        stamp, tokens = open_tokens(out / "train")
+        assert stamp.variants == tokens.variants == variants
+        rest = open_tokens(out / "heldout")[1]
+        assert rest.variants == 1 and len(rest) + len(tokens) == 30
+
+
+# What may happen on the way.
+
+
+def test_a_full_disk_is_one_line_and_finished_shards_stay(
+    tokenized, command, tmp_path, capsys, monkeypatch
+):
+    whole = shards(tokenized / "train")
+    for name in list(whole)[1:3]:
+        (tokenized / "train" / name).unlink()
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of it, half would be written
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    capsys.readouterr()
+    try:
+        status = main(command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    path = tokenized / "train" / list(whole)[1]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (status, error) == (1, f"maskgit: cannot write {path}: File too large")
+    assert shards(tokenized / "train").items() < whole.items()
+    assert not list((tokenized / "train").glob(".*"))
+    assert main(command) == 0 and shards(tokenized / "train") == whole
+
+
+LIMITED = """
+import resource, signal, sys
+from maskgit.commands.main import main
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+sys.dont_write_bytecode = True
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+main(sys.argv[2:])
+"""
+
+
+def environment(**more):
+    return os.environ | {"PYTHONPATH": str(ROOT), **more}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [0, 7, 500])
+def test_a_kill_at_any_byte_leaves_nothing_that_looks_complete(size, tokenized, command):
+    """At the first, in the header and in the tokens of a shard; then in the index."""
+    folder = tokenized / "train"
+    whole, index = shards(folder), (folder / "index.json").read_bytes()
+    for target in (folder / list(whole)[2], folder / "index.json"):
+        target.unlink()
+        (folder / "index.json").unlink(missing_ok=True)
+        killed = [sys.executable, "-c", LIMITED, str(size), *command]
+        done = subprocess.run(killed, env=environment(), capture_output=True)
+        assert done.returncode == -signal.SIGXFSZ, done.stderr
+        [left] = folder.glob(f".{target.name}.*")
+        assert left.stat().st_size == size
+        assert shards(folder) == {k: v for k, v in whole.items() if k != target.name}
+        assert not (folder / "index.json").exists()
+        assert main(command) == 0
+        assert shards(folder) == whole and (folder / "index.json").read_bytes() == index
+        assert not list(folder.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0)])
+def test_whatever_stops_it_the_shards_become_those_of_a_run_in_one_go(processes, workers, tmp_path):
+    common = "tokenize --data emoji:heldout --split train --tokenizer emoji --crops 1"
+    common += f" --shard-images 16 --batch-size 8 --workers {workers} --out"
+    assert main([*common.split(), str(tmp_path / "whole")]) == 0
+    whole = shards(tmp_path / "whole" / "train")
+    assert len(whole) == 12
+    folder = tmp_path / "stopped" / "train"
+    command = [sys.executable, "-m", "maskgit", *common.split(), str(tmp_path / "stopped")]
+    there = {}
+    for number, status, count in (
+        (signal.SIGKILL, -signal.SIGKILL, 1),
+        (signal.SIGTERM, 143, 4),
+        (signal.SIGINT, 130, 6),
+        (signal.SIGKILL, -signal.SIGKILL, 9),
+        (None, 0, 12),
+    ):
+        running = [
+            subprocess.Popen(
+                command,
+                env=environment(RANK=str(rank), WORLD_SIZE=str(processes)),
+                start_new_session=True,  # Ctrl-C reaches the workers too
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(processes)
+        ]
+        while number and len(shards(folder)) < count:
+            assert all(process.poll() is None for process in running)
+            time.sleep(0.01)
+        for process in running if number else ():
+            os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(
+                number
+            )
+        errors = [process.communicate(timeout=300)[1] for process in running]
+        assert [process.returncode for process in running] == [status] * processes, errors
+        assert not any("Traceback" in error for error in errors)
+        found = shards(folder)
+        assert there.items() <= found.items() <= whole.items() and len(found) >= count
+        assert (folder / "index.json").exists() == (number is None)
+        there = found
+    index = (folder / "index.json").read_bytes()
+    assert index == (tmp_path / "whole" / "train" / "index.json").read_bytes()
+    assert sorted(path.name for path in folder.iterdir()) == ["index.json", *whole]
+
+
+SHARED = """
+import sys, time
+import torch
+import torch.distributed as dist
+from maskgit.commands import main as entry
+from maskgit.engine.data import DataConfig, open_images
+from maskgit.engine.tokenize import cached
+from maskgit.tokenized import token_stamp
+from pathlib import Path
+from vqgan import VQGAN
+
+def work(arguments):
+    photos, tokenizer, folder, mood = arguments
+    dist.init_process_group("gloo")
+    images = open_images(DataConfig(photos, size=[16, 16], heldout=0))
+    vqgan = VQGAN.from_pretrained(tokenizer)
+    def encode(pictures):
+        if dist.get_rank() == 1 and mood == "fails":
+            raise ValueError("a bug")
+        if dist.get_rank() == 1 and mood == "waits":
+            time.sleep(600)
+        return vqgan.encode(pictures)
+    stamp = token_stamp(tokenizer, vqgan, images, shard_images=4)
+    print("begins", flush=True)
+    tokens = cached(Path(folder), stamp, images, encode, torch.device("cpu"))
+    print(tokens.take(list(range(len(tokens))), [1] * len(tokens))["tokens"].sum().item())
+    return 0
+
+entry.dispatch = work
+sys.exit(entry.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mood", ["works", "fails", "waits"])
+def test_the_processes_of_a_run_make_its_tokens_together(mood, photos, tokenizer_folder, tmp_path):
+    """A signal is heeded while they wait for each other, and one does not wait for a dead one."""
+    folder = tmp_path / "tokens"
+    command = [sys.executable, "-c", SHARED, photos, tokenizer_folder, folder, mood]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        launched = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    running = [
+        subprocess.Popen(
+            command,
+            env=environment(RANK=rank, WORLD_SIZE="2", **launched),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    if mood == "waits":
+        while len(shards(folder)) < 4:  # all those of the first process
+            assert all(process.poll() is None for process in running)
+            time.sleep(0.05)
+        time.sleep(1)
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+    printed, errors = zip(*(process.communicate(timeout=300) for process in running), strict=True)
+    statuses = [process.returncode for process in running]
+    if mood == "waits":
+        assert statuses == [143, 143], errors
+    elif mood == "fails":
+        assert statuses == [1, 1] and "a bug" in errors[1]
+        assert errors[0].splitlines()[-1].startswith(f"maskgit: a process that was making {folder}")
+    else:
+        assert statuses == [0, 0], errors
+        assert printed[0] == printed[1]
+        assert len(shards(folder)) == 8 and (folder / "index.json").exists()
