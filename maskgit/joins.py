@@ -23,6 +23,7 @@ from maskgit.common.processes import on_main, rank, telling_of_others, world
 from maskgit.common.signals import held
 from maskgit.engine.config import differences
 from maskgit.engine.data import ImageSet, batches, in_order, open_images
+from maskgit.engine.journal import check_trackers
 from maskgit.engine.loop import INTERVALS, make_accelerator, train
 from maskgit.engine.pairs import Pairs
 from maskgit.engine.task import Batch, Task
@@ -60,6 +61,7 @@ def start(run: Any, restart: bool = False, say: Say = print) -> dict[str, float]
     folder = Path(run.run)
     settings = OmegaConf.structured(run).copy()  # as given: joining fills in what follows from data
     make_accelerator(run.train)  # raises now, if it cannot be had; and starts the processes
+    check_trackers(run.train.trackers)
     say = say if rank() == 0 else _silent
     with ExitStack() as stack:
         if world() > 1:  # one that left at a signal would leave the others waiting
@@ -145,7 +147,6 @@ def vqgan_run(run: VQGANRun, folder: Path, say: Say) -> Joined:
 def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
     """The transformer's task, its batches of cached tokens, and held-out and training tokens."""
     tokenizer = VQGAN.from_pretrained(run.tokenizer).to(pick_device(run.train.device))
-    check_size(run.data.size, tokenizer.config.factor)
     stamp, make = token_sets(run, folder, tokenizer)
     if run.tokenizer == "emoji" and stamp.data_path.partition(":")[0] != "emoji":
         say(
@@ -165,8 +166,10 @@ def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
         del sampling["showcase"]  # the classes of other data
     if model.config.null_label is None:
         sampling.pop("guidance", None)
-    task = MaskGITTask(model, run.loss, tokenizer, stamp.classes, sampling)
+    MaskGITTask(model, run.loss, tokenizer, stamp.classes, sampling)  # raises before tokens are made
     sets = make()
+    commonest = sets["train"].commonest()
+    task = MaskGITTask(model, run.loss, tokenizer, stamp.classes, sampling, commonest)
 
     def stream(step: int) -> Iterator[Batch]:
         return token_batches(

@@ -81,9 +81,11 @@ class MaskGITTask:
         tokenizer: VQGAN,
         labels: Sequence[str] = (),
         sampling: dict[str, Any] | None = None,
+        commonest: float = 0.0,
     ) -> None:
         """`tokenizer`, class names and sampler settings go into what is drawn and exported.
 
+        commonest: the share of the commonest code, which a model finds that has learnt no more.
         Raises UserError for a setting out of range, or one that the model was not made for.
         """
         pick(SCHEDULES, config.schedule, "schedule")
@@ -108,9 +110,9 @@ class MaskGITTask:
             ),
             Stays(
                 "accuracy",
-                "of masked tokens hardly one is right: train longer, or look at the tokenizer: do "
-                "its reconstructions keep what the images show?",
-                high=2 / model.config.codebook_size,
+                "that is hardly more than the commonest code would be right: train longer, raise "
+                "train.lr, or look at the tokenizer: do its reconstructions keep what images show?",
+                high=1.5 * max(commonest, 1 / model.config.codebook_size),
                 steps=2000,
             ),
         )

@@ -1,8 +1,10 @@
 """The tokens that a transformer learns from: of a cache that a run names, or made of its images."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maskgit.common import UserError
 from maskgit.common.device import pick_device
@@ -10,8 +12,10 @@ from maskgit.common.folder import file_hash, find
 from maskgit.engine.data import SPLITS, ImageSet, open_images
 from maskgit.engine.tokenize import SHARD_IMAGES, cached
 from maskgit.engine.tokens import Stamp, TokenSet, is_cache, open_tokens
-from maskgit.runs import MaskGITRun
-from vqgan import VQGAN
+
+if TYPE_CHECKING:
+    from maskgit.runs import MaskGITRun
+    from vqgan import VQGAN
 
 Sets = dict[str, TokenSet]  # by split
 
@@ -24,8 +28,14 @@ def token_stamp(
     seed: int = 0,
     shard_images: int = SHARD_IMAGES,
 ) -> Stamp:
-    """What the tokens of a set depend on; `name` is where the tokenizer was loaded from."""
-    config = images.config
+    """What the tokens of a set depend on; `name` is where the tokenizer was loaded from.
+
+    Raises UserError for images of a size that does not divide into tokens.
+    """
+    config, factor = images.config, tokenizer.config.factor
+    if any(side % factor for side in config.size):
+        height, width = config.size
+        raise UserError(f"a size of {height} x {width} is no multiple of {factor} pixels a token")
     return Stamp(
         tokenizer=weights_hash(name),
         data=images.fingerprint,
@@ -37,7 +47,7 @@ def token_stamp(
         seed=seed if crops else 0,
         dtype=str(tokenizer.encoder.conv_in.weight.dtype).removeprefix("torch."),
         codebook_size=tokenizer.config.codebook_size,
-        grid=[side // tokenizer.config.factor for side in config.size],
+        grid=[side // factor for side in config.size],
         classes=images.classes,
         shard_images=shard_images,
         tokenizer_name=name,

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -17,16 +18,19 @@ import yaml
 from pictures import make_folder
 from tiny_tokenizer import save_tokenizer
 
+from maskgit.common.folder import LOCK
 from maskgit.engine import checkpoint
 
+PRELOADED = ["maskgit.joins", "PIL.PngImagePlugin", "einops._torch_specific", "pytest"]
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["maskgit.joins", "maskgit.commands.sample", "pytest"])
+PROCESSES.set_forkserver_preload(PRELOADED)
 
 QUIET = dict(
     device="cpu",
     dtype="fp32",
     batch_size=4,
     warmup=2,
+    final_lr=1.0,  # so that no step depends on how many there will be
     log_every=1,
     validate_every=0,
     draw_every=0,
@@ -74,45 +78,68 @@ def prepare(folder, task="vqgan", **train):
 
 
 class Started:
-    """A process that runs `maskgit` with these words, and what it says."""
+    """A process that runs `maskgit` with these words in a folder, and what it says."""
 
     def __init__(self, folder, words, hook=None, **environment):
-        """hook: called in the process before the command, with functions to put in its way."""
-        self.told = [folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err")]
-        arguments = (list(map(str, words)), folder, self.told, environment, hook)
+        """hook: called in the process before the command, to put functions in its way; what it
+        gives, if anything, after it."""
+        ends = [PROCESSES.Pipe(duplex=False) for _ in range(2)]  # no files: they have no limits
+        writers = [writer for _, writer in ends]
+        arguments = (list(map(str, words)), folder, writers, environment, hook)
         self.process = PROCESSES.Process(target=_work, args=arguments)
         self.process.start()
         self.pid = self.process.pid
+        self.readers = [reader for reader, _ in ends]
+        self.texts = ["", ""]
+        for writer in writers:
+            writer.close()
 
     def send(self, number, group=False):
         """A signal to the process; with `group` to its data workers too, as Ctrl-C is."""
         (os.killpg if group else os.kill)(self.pid, number)
 
+    @property
+    def lives(self):
+        return self.process.exitcode is None
+
+    def said(self):
+        """Its stdout and stderr so far."""
+        for i, reader in enumerate(self.readers):
+            while reader in wait([reader], 0) and (more := os.read(reader.fileno(), 2**16)):
+                self.texts[i] += more.decode()
+        return tuple(self.texts)
+
     def wait(self, seconds=120):
         """Exit status (below 0: the signal that killed it), stdout and stderr. The time is no
         bound on what it may take, but on hanging."""
-        self.process.join(seconds)
-        hung = self.process.exitcode is None
+        end = time.monotonic() + seconds
+        while self.lives and time.monotonic() < end:
+            self.process.join(0.5)
+            self.said()  # or it waits to be heard
+        hung = self.lives
         if hung:
             self.send(signal.SIGKILL, group=True)
             self.process.join()
-        out, err = (path.read_text() if path.exists() else "" for path in self.told)
-        assert not hung, f"it hangs: {out}{err}"
-        return self.process.exitcode, out, err
+        assert not hung, f"it hangs: {self.said()}"
+        return self.process.exitcode, *self.said()
 
 
-def _work(words, folder, told, environment, hook):
+def _work(words, folder, writers, environment, hook):
     sys.dont_write_bytecode = True  # of what a limit on files cuts short, others would read half
     os.setpgid(0, 0)
-    for number, path in enumerate(told, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    for number, writer in enumerate(writers, 1):
+        os.dup2(writer.fileno(), number)
+        writer.close()
+    sys.stdout.reconfigure(line_buffering=True)  # what a killed process has said counts
     os.environ.update(environment)
     os.chdir(folder)
     from maskgit.commands.main import main
 
-    if hook:
-        hook()
-    sys.exit(main(words))
+    after = hook() if hook else None
+    status = main(words)
+    if after:
+        after()
+    sys.exit(status)
 
 
 def run(folder, words, hook=None, **environment):
@@ -147,6 +174,31 @@ def at_step(number, do, name="update"):
     setattr(State, name, wrapped)
 
 
+def at_call(number, do, total=None, met=False):
+    """Hook: call `do` when the process has called `number` functions of Python or C: at any moment,
+    the same one each time. How many it calls in all goes into the file `total`.
+
+    met: count from when the processes of the run have found each other.
+    """
+    own, count = os.getpid(), 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        if event in ("call", "c_call") and os.getpid() == own:
+            count += 1
+            if count == number:
+                do()
+
+    if met:
+        from maskgit import joins
+
+        meet = joins.make_accelerator
+        joins.make_accelerator = lambda *a: (meet(*a), sys.setprofile(profile))[0]
+    else:
+        sys.setprofile(profile)
+    return lambda: total and total.write_text(f"{count}")
+
+
 def newest(run):
     """All tensors of a run's newest complete checkpoint, and its step."""
     state, manifest, _ = checkpoint.newest(run / "checkpoints")
@@ -173,5 +225,11 @@ def until(condition, seconds=60):
         time.sleep(0.005)
 
 
-def folders(path: Path):
-    return sorted(p.name for p in path.iterdir())
+def names(folder: Path):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def leftovers(run):
+    """What is hidden in a run's folder, but for its lock: all of it half-written."""
+    hidden = (path for path in run.rglob(".*") if path != run / LOCK)
+    return sorted(str(path.relative_to(run)) for path in hidden)

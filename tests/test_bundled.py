@@ -11,11 +11,13 @@ from conftest import ROOT
 from maskgit import Pipeline
 from maskgit.common.folder import read_json
 from maskgit.engine.data import DataConfig, in_order, open_images
-from maskgit.engine.tokens import fixed_batches, tokenize
+from maskgit.engine.tokenize import cached
+from maskgit.engine.tokens import fixed_batches
 from maskgit.evaluation.classifier import Classifier
 from maskgit.evaluation.classifier_task import ClassifierLossConfig, ClassifierTask
 from maskgit.runs import ClassifierRun, CLIPRun, MaskGITRun, VQGANRun
 from maskgit.task import MaskGITLossConfig, MaskGITTask
+from maskgit.tokenized import token_stamp
 from vqgan.discriminator import DiscriminatorConfig
 from vqgan.task import VQGANLossConfig, VQGANTask
 
@@ -47,10 +49,11 @@ def test_tokenizer_on_the_held_out_drawings(pipe):
 
 
 @pytest.mark.parametrize(("split", "name"), [("train", "training"), ("heldout", "held-out")])
-def test_transformer_on_training_and_held_out_drawings(pipe, split, name):
+def test_transformer_on_training_and_held_out_drawings(pipe, split, name, tmp_path):
     images = open_images(DataConfig("emoji", mirror=False), split)
     task = MaskGITTask(pipe.transformer, MaskGITLossConfig(), pipe.vqgan, pipe.labels)
-    tokens = tokenize(images, pipe.vqgan.encode, torch.device("cpu"))
+    stamp = token_stamp("emoji", pipe.vqgan, images)
+    tokens = cached(tmp_path, stamp, images, pipe.vqgan.encode, torch.device("cpu"))
     scores = task.validate(pipe.transformer, fixed_batches(tokens, 63, 189))
     for metric, digits in (("accuracy", 0.003), ("loss", 0.02)):
         number = stated("emoji_maskgit", rf"{name} drawings:[^:]*?{metric} (\d+\.\d+)")

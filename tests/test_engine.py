@@ -102,7 +102,7 @@ def test_resumed_training_is_bitwise_the_same(make, stream, tmp_path):
         train(make(), interrupted, sets, config, two)
     assert stopped.value.status == 143
     train(make(), interrupted, sets, config, two)
-    assert asked == [0, 5]
+    assert asked == [0, 4]
     first, second = all_tensors(make(), one), all_tensors(make(), two)
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
@@ -197,7 +197,7 @@ def test_a_run_keeps_its_best_weights(tmp_path):
     task.export = lambda model, folder: kept.append(folder.name) or export(model, folder)
     train(task, tokens, {"heldout": lambda: []}, config, tmp_path)
     names = [int(p.name[-1]) for p in checkpoint.steps(tmp_path / "checkpoints")]
-    assert names == [2, 4] and kept.count("best") == 2
+    assert names == [2, 4] and sum(name.endswith("best") for name in kept) == 2
     assert {"best", "export"} <= {p.name for p in tmp_path.iterdir()}
 
 

@@ -1,7 +1,7 @@
 """Processes and micro-batches are a matter of speed: what a run learns is the same.
 
 In float64, in which rounding has 1e-16 to play with, the weights of every step are compared; in
-fp32 the first gradients and all that is logged. One run of each task stands for its losses, with
+fp32 the first gradients and the losses. One run of each task stands for its losses, with
 everything on that could see how a batch is shared out: see `RUNS` in equal_run.py.
 """
 
@@ -85,11 +85,14 @@ def trained(tmp_path_factory):
     return of
 
 
-def compare_logs(one, other, besides, relative):
+def compare_logs(one, other, besides, first, later):
+    """first, later: how far, relative to what they are, values of the first step and of later ones
+    may be from each other."""
     for step, (a, b) in enumerate(zip(one, other, strict=True)):
         assert a.keys() == b.keys() and "loss" in a
         for key in a.keys() - besides:
-            assert b[key] == pytest.approx(a[key], rel=relative, abs=1e-12), (step, key)
+            near = pytest.approx(a[key], rel=later if step else first, abs=1e-12)
+            assert b[key] == near, (step, key)
 
 
 def own(name, processes):
@@ -108,7 +111,7 @@ def test_in_float64_all_weights_of_all_steps_are_the_same(trained, name):
         assert other.keys() == one.keys()
         for key, tensor in one.items():
             assert torch.allclose(other[key], tensor, rtol=0, atol=1e-8), (which, key)
-        compare_logs(logs, its_logs, own(name, which[0]), 1e-8)
+        compare_logs(logs, its_logs, own(name, which[0]), 1e-8, 1e-8)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,7 +129,8 @@ def test_in_fp32_the_first_gradients_and_all_losses_are_the_same(trained, name):
             # A bias in front of a norm has no gradient: what is there is the others' rounding.
             scale = tensor.norm() + 1e-2 * norms[key.split("/")[1]] ** 0.5
             assert (other[key] - tensor).norm() <= 1e-5 * scale, (which, key)
-        compare_logs(logs, its_logs, own(name, which[0]), 1e-5)
+        # Later, Adam has divided what is hardly a gradient by its size, its rounding with it.
+        compare_logs(logs, its_logs, own(name, which[0]), 1e-5, 1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

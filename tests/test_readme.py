@@ -1,8 +1,9 @@
-"""Every command and every Python block of the README runs, in order, in a copy of the tree.
+"""Every command and every Python block of the README, and of the page on one's own data, runs, in
+order, in a copy of the tree.
 
 Beside the tree the blocks find what they may name: `photo.png`; `photos`, a folder of classes; and
 `pairs`, a flat folder of images with captions.
-Four things differ from what the README says: training is given `--smoke`, `git clone` and `cd` are
+Four things differ from what is written: training is given `--smoke`, `git clone` and `cd` are
 left out since the copy is the clone, `make` uses the environment of these tests instead of
 installing one, and `make test` is only asked what it would do, since this is it.
 """
@@ -16,12 +17,13 @@ import sys
 import pytest
 from conftest import ROOT, execute, pictures
 
+DOCUMENTS = ("README.md", "docs/your_own_data.md")
 COMMAND = re.compile(r"^(\$ )?(maskgit|make|pip|python|git) ", re.MULTILINE)
 
 
-def blocks():
+def blocks(document):
     """(language, text) of each fenced block."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / document).read_text()
     return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
@@ -51,8 +53,9 @@ def copy(tmp_path):
     return tree
 
 
-def test_commands_are_marked_as_such():
-    unmarked = [text for language, text in blocks() if language not in ("bash", "python")]
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_are_marked_as_such(document):
+    unmarked = [text for language, text in blocks(document) if language not in ("bash", "python")]
     assert [text for text in unmarked if COMMAND.search(text)] == []
 
 
@@ -78,7 +81,8 @@ def test_the_table_is_that_of_the_sweep():
 
 
 @pytest.mark.slow
-def test_every_block_runs(copy, new_environment):
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_block_runs(document, copy, new_environment):
     programs = new_environment()
     environment = {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
@@ -102,7 +106,7 @@ def test_every_block_runs(copy, new_environment):
         "python": (programs / "python", "-c"),
     }
     run = 0
-    for language, text in blocks():
+    for language, text in blocks(document):
         if language in programs_of:
             script = adapted(text) if language == "bash" else text
             done = execute(*programs_of[language], script, cwd=copy, **environment)

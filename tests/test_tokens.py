@@ -135,15 +135,15 @@ def test_what_is_there_is_kept_and_what_is_damaged_is_made_anew(
     content = bytearray(whole[names[2]])
     content[-3] ^= 1
     (folder / names[2]).write_bytes(content)
-    (folder / f".{names[0]}.0-77").write_bytes(b"half")
-    (folder / ".index.json.3-77").write_bytes(b"half")
+    (folder / f".{names[0]}.77").write_bytes(b"half")
+    (folder / ".index.json.77").write_bytes(b"half")
     (folder / "index.json").unlink()
     untouched = (folder / names[3]).stat().st_mtime_ns
     assert make(folder)
     assert shards(folder) == whole and (folder / "index.json").read_bytes() == index
     assert (folder / names[3]).stat().st_mtime_ns == untouched
     assert sorted(path.name for path in folder.iterdir()) == ["index.json", *names]
-    for what in (f".{names[0]}.0-77", ".index.json.3-77", f"{names[1]} is damaged"):
+    for what in (f".{names[0]}.77", ".index.json.77", f"{names[1]} is damaged"):
         assert what in caplog.text
     assert f"{names[3]} is damaged" not in caplog.text
 

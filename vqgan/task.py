@@ -90,6 +90,7 @@ class VQGANTask:
             Falls(
                 "heldout/usage",
                 "codes fall out of use; raise loss.dead or loss.entropy, or lower train.lr",
+                since=config.quantize_from,
             ),
             Stays(
                 "discriminator_accuracy",
@@ -97,6 +98,7 @@ class VQGANTask:
                 "discriminator.channels, raise loss.r1, or let it begin later "
                 "(loss.discriminator_from)",
                 low=0.98,
+                since=config.generator_from + config.ramp,  # before, nothing holds it up
             ),
         )
         if config.adversarial:

@@ -155,7 +155,7 @@ def dress(axis: "Axes", title: str) -> None:
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set_xlim(left=0)
     if SHARE.search(name):
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     if name in WHOLE:
         axis.set_ylim(top=1.02)
 

@@ -75,15 +75,12 @@ def run(args: argparse.Namespace) -> None:
     from maskgit.commands.evaluate.options import say
     from maskgit.common.device import pick_device
     from maskgit.engine.tokenize import check_stamp, make_tokens
-    from maskgit.evaluation.generate import check_disk
     from maskgit.evaluation.processes import Processes
-    from maskgit.joins import check_size
     from maskgit.tokenized import token_stamp
 
     processes = Processes()
     device = pick_device(processes.device(args.device))
     tokenizer = load_tokenizer(args.tokenizer, args.dtype, device)
-    check_size(list(args.size), tokenizer.config.factor)
     sets, stamps = open_sets(args), {}
     for split, images in sets.items():
         crops = args.crops if split == "train" else 0  # held-out images are never varied
@@ -92,9 +89,6 @@ def run(args: argparse.Namespace) -> None:
         check_stamp(args.out / split, stamp)
         shape = " x ".join(map(str, (stamp.variants, *stamp.grid)))
         say(split, f"{len(images):,} images of {shape} tokens (variants, rows, columns)")
-    there = sum(file.stat().st_size for file in args.out.glob("*/tokens-*.safetensors"))
-    needed = sum(stamp.nbytes for stamp in stamps.values())
-    check_disk(args.out, max(0, needed - there))
     for split, images in sets.items():
         complete = make_tokens(
             args.out / split,

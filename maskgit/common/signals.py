@@ -13,6 +13,18 @@ class Interrupted(BaseException):
     """A signal has ended a wait. No Exception, so that no code on the way takes it for an error."""
 
 
+@contextmanager
+def deadly() -> Iterator[None]:
+    """A block in which SIGTERM and SIGINT end the process at once: it waits where Python handles
+    no signal, and there is nothing to lose."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in NUMBERS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Held(list[int]):
     """The number of the signal that was received, if one was."""
 

@@ -117,11 +117,11 @@ def _begin(loader: DataLoader) -> Iterator[Any]:
     try:
         return iter(loader)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if handler is not None and signal.getsignal(signal.SIGCHLD) is not handler:
             # Torch's would raise wherever a worker's death finds this process, in the middle of a
             # step; asking for the next batch tells as well.
             signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # what was held up may raise now
 
 
 def _leave_signals(worker: int) -> None:

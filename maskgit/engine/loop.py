@@ -1,6 +1,5 @@
 """The training loop. It knows devices, processes, averages and checkpoints, and no task."""
 
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -10,14 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from maskgit.common import UserError
 from maskgit.common.device import pick_device, pick_dtype
-from maskgit.common.processes import on_main, rank, world
+from maskgit.common.processes import gather_objects, on_main, rank, world
 from maskgit.common.progress import Advance, meter
-from maskgit.common.signals import Held, Interrupted, held
+from maskgit.common.signals import Held, Interrupted, deadly, held
 from maskgit.engine.journal import Journal
 from maskgit.engine.state import Notes, State
 from maskgit.engine.task import Batch, Task, TrainConfig
@@ -81,7 +81,8 @@ def train(
             if "validate" in todo:
                 heldout = on_main(lambda: _validate(state, validation, stop))
                 score = heldout.get(task.best[0])
-                log(f"step {done}: " + _line(last | logged | heldout))
+                if heldout:
+                    log(f"step {done}: " + _line(last | logged | heldout))
                 logged |= heldout
             if logged:
                 last |= logged
@@ -98,8 +99,10 @@ def train(
                 on_main(lambda: state.export(run / "best"))
             if "draw" in todo:
                 on_main(partial(_draw, state, journal, done, batch))
-            if "stop" in todo:
-                raise Stopped(stop[0] if stop else signal.SIGTERM, done)
+            if ("stop" in todo or done == config.steps) and any(
+                numbers := gather_objects(stop[0] if stop else 0)
+            ):
+                raise Stopped(max(numbers), done)
     return last
 
 
@@ -112,11 +115,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError("train.dtype=fp16 would need loss scaling: take bf16 or fp32")
     if device.index is not None:
         torch.cuda.set_device(device)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
+    with nullcontext() if dist.is_initialized() else deadly():  # while processes find each other
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
     share, rest = divmod(config.batch_size, world())
     if rest:
         raise UserError(

@@ -4,9 +4,11 @@ A shard is a function of the cache's stamp and of its own number. It has its nam
 whole, and its hash in itself: so each process can tell which of its shards there are already.
 """
 
+import errno
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
@@ -20,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maskgit.common import RunError, UserError
-from maskgit.common.folder import read_json
+from maskgit.common.folder import read_json, replacing, unfinished
 from maskgit.common.processes import rank, world
 from maskgit.common.progress import Advance, meter
 from maskgit.common.signals import Interrupted, held
@@ -103,13 +105,15 @@ def make_tokens(
         missing.append(k)
     total = sum(len(stamp.rows(k)) for k in mine)
     if missing:
+        lacking = sum(len(stamp.rows(k)) for k in missing)
+        _check_space(folder, stamp.nbytes * lacking // stamp.images)
         with (
             meter(total, "tokenizing", "images", done=done) as advance,
             closing(_encoded(views, missing, encode, device, batch_size, advance)) as shards,
         ):
             for k, content in shards:
-                _write(folder / names[k], content, process)
-    return _finish(folder, stamp, images, process)
+                _write(folder / names[k], content)
+    return _finish(folder, stamp, images)
 
 
 def check_stamp(folder: Path, stamp: Stamp) -> None:
@@ -223,45 +227,34 @@ def _encoded(
         yield k, views.shard(k, [])
 
 
-def _write(path: Path, content: bytes, process: int) -> None:
-    """Write a file that is whole and on the disk before it has its name.
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that is whole, and on the disk, before it has its name.
 
     A disk that is full is an OSError that names the file.
     """
-    partial = path.with_name(f".{path.name}.{process}-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _clean(folder: Path, process: int, processes: int) -> None:
-    """Remove what a killed process left half-written: this one's, and of those that are no more."""
-    for path in folder.glob(".*"):
-        left = re.fullmatch(r"\.(tokens-\d+\.safetensors|index\.json)\.(\d+)-\d+", path.name)
-        if left and int(left[2]) % processes == process:
+    """Remove what processes that were killed left half-written of the shards that are now this
+    one's, and of the index, which is the first one's."""
+    for path in unfinished(folder):
+        shard = re.match(r"\.tokens-(\d+)", path.name)
+        if (int(shard[1]) if shard else 0) % processes == process:
             log.warning("removed %s, which a run that was killed had not completed", path)
             path.unlink(missing_ok=True)
 
 
-def _finish(folder: Path, stamp: Stamp, images: ImageSet, process: int) -> bool:
+def _check_space(folder: Path, needed: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < needed:
+        reason = f"the tokens take {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+        raise OSError(errno.ENOSPC, reason, str(folder))
+
+
+def _finish(folder: Path, stamp: Stamp, images: ImageSet) -> bool:
     """Write the index if all shards are there."""
     records = [read_record(folder / name) for name in stamp.shards()]
     complete = [record for record in records if record and stamp_of(record) == stamp]
@@ -271,5 +264,6 @@ def _finish(folder: Path, stamp: Stamp, images: ImageSet, process: int) -> bool:
         images.report(record["broken"])
     content, path = index_of(stamp, complete), folder / INDEX
     if not (path.is_file() and path.read_bytes() == content):
-        _write(path, content, process)
+        with suppress(FileNotFoundError):  # the first process took it for a leftover: it begins
+            _write(path, content)  # just now, and when it comes to its end it writes it
     return True

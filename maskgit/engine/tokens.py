@@ -96,6 +96,11 @@ class TokenSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def commonest(self) -> float:
+        """The share of the code that occurs most, in the images of the first shard as they are."""
+        codes = self.shards[0][:, 0].ravel()
+        return float(np.bincount(codes).max() / len(codes))
+
     def take(self, rows: list[int], variants: list[int]) -> dict[str, Tensor]:
         """A batch: tokens int64 (B, N), label and index int64 (B,)."""
         places = np.searchsorted(self.ends, rows, side="right")

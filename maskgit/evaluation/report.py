@@ -130,7 +130,7 @@ def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def save_figure(file: Path, figure: "Figure") -> None:
-    """A figure of matplotlib's, in the format of the file's suffix (PNG without one); it is closed."""
+    """A figure of matplotlib's, as its suffix says (PNG without one); the figure is closed."""
     from matplotlib import pyplot
 
     image = io.BytesIO()
