@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from itertools import count
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -25,6 +26,7 @@ PRELOADED = ["maskgit.joins", "PIL.PngImagePlugin", "einops._torch_specific", "p
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(PRELOADED)
 
+OPERATIONS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}  # that change files
 QUIET = dict(
     device="cpu",
     dtype="fp32",
@@ -197,6 +199,35 @@ def at_call(number, do, total=None, met=False):
     else:
         sys.setprofile(profile)
     return lambda: total and total.write_text(f"{count}")
+
+
+def while_saving(step, operation):
+    """Hook: call `operation` with their number before each of the changes to files that a run makes
+    while it saves at `step`."""
+    from maskgit.engine.state import State
+
+    save, numbers, active = State.save, count(), False
+
+    def watched(self, run, done, *arguments):
+        nonlocal active
+        active = done == step
+        save(self, run, done, *arguments)
+        active = False
+
+    def heard(event, arguments):
+        nonlocal active
+        if active and event in OPERATIONS and (event != "open" or writes(arguments)):
+            active = False  # what `operation` does is no change
+            operation(next(numbers))
+            active = True
+
+    State.save = watched
+    sys.addaudithook(heard)
+
+
+def writes(opening):
+    """Whether an audited `open` (path, mode, flags) makes a file."""
+    return isinstance(opening[0], str | Path) and bool(opening[2] & os.O_CREAT)
 
 
 def newest(run):

@@ -98,7 +98,7 @@ def train(
             if better:
                 on_main(lambda: state.export(run / "best"))
             if "draw" in todo:
-                on_main(partial(_draw, state, journal, done, batch))
+                on_main(partial(_draw, state, journal, done, batch, stop))
             if ("stop" in todo or done == config.steps) and any(
                 numbers := gather_objects(stop[0] if stop else 0)
             ):
@@ -183,26 +183,25 @@ def _next(
         raise
 
 
-def _draw(state: State, journal: Journal | None, done: int, batch: Batch) -> None:
-    sheet = state.task.draw(state.ema.module, state.on_device(batch))
+def _draw(state: State, journal: Journal | None, done: int, batch: Batch, stop: Held) -> None:
+    """A sheet of what the averaged weights make; none after a signal, which ends it early."""
+    try:
+        with stop.ending():
+            sheet = state.task.draw(state.ema.module, state.on_device(batch))
+    except Interrupted:
+        return
     if journal:
         journal.picture(done, sheet)
 
 
-def _validate(state: State, sets: Sets, stop: list[int]) -> dict[str, float]:
+def _validate(state: State, sets: Sets, stop: Held) -> dict[str, float]:
     """Scores of the averaged weights; none after a signal, which ends it early."""
-
-    def moved(batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            if stop:
-                raise Interrupted
-            yield state.on_device(batch)
-
     found: dict[str, float] = {}
     try:
-        for name, make in sets.items():
-            scores = state.task.validate(state.ema.module, moved(make()))
-            found |= {f"{name}/{k}": v for k, v in scores.items()}
+        with stop.ending():
+            for name, make in sets.items():
+                scores = state.task.validate(state.ema.module, map(state.on_device, make()))
+                found |= {f"{name}/{k}": v for k, v in scores.items()}
     except Interrupted:
         return {}
     return found
