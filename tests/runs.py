@@ -3,6 +3,7 @@
 The processes are forked from one that has loaded torch, so that each takes a fraction of a second.
 """
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -95,6 +96,11 @@ class Started:
         self.texts = ["", ""]
         for writer in writers:
             writer.close()
+        atexit.register(self.end)  # or a failed test would leave it
+
+    def end(self):
+        if self.lives:
+            self.send(signal.SIGKILL, group=True)
 
     def send(self, number, group=False):
         """A signal to the process; with `group` to its data workers too, as Ctrl-C is."""
@@ -119,9 +125,8 @@ class Started:
             self.process.join(0.5)
             self.said()  # or it waits to be heard
         hung = self.lives
-        if hung:
-            self.send(signal.SIGKILL, group=True)
-            self.process.join()
+        self.end()
+        self.process.join()
         assert not hung, f"it hangs: {self.said()}"
         return self.process.exitcode, *self.said()
 
@@ -132,6 +137,7 @@ def _work(words, folder, writers, environment, hook):
     for number, writer in enumerate(writers, 1):
         os.dup2(writer.fileno(), number)
         writer.close()
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as by default
     sys.stdout.reconfigure(line_buffering=True)  # what a killed process has said counts
     os.environ.update(environment)
     os.chdir(folder)

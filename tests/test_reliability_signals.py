@@ -1,22 +1,37 @@
 """SIGTERM and Ctrl-C at any moment: what was learnt is saved, the status is 143 or 130, nothing is
 half-written, the run goes on as if nothing had been. A second one ends a process at once."""
 
+import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from functools import partial
 
 import pytest
+from conftest import ROOT
 from runs import (
     Started,
     assert_same,
     at_call,
+    at_step,
     leftovers,
+    logged,
+    names,
     newest,
     prepare,
+    run,
     several,
+    until,
 )
+from tiny_tokenizer import shards
 
 BOTH = (signal.SIGTERM, signal.SIGINT)
+
+
+def sending(number):
+    return partial(signal.raise_signal, number)
 
 
 def launch(folder, words, hooks, processes):
@@ -55,7 +70,7 @@ def test_a_signal_at_any_moment(task, processes, moments, tmp_path):
     for moment in range(moments):
         number, place = draw.choice(BOTH), 0.97 * (1 - draw.random() ** 2.5)  # most is the start
         to = draw.choice([[0], [1], [0, 1]]) if processes > 1 else [0]
-        send = partial(signal.raise_signal, number)
+        send = sending(number)
         hooks = {r: partial(at_call, int(place * calls[r]), send, None, processes > 1) for r in to}
         what = f"run=r{moment}"
         statuses, errors = launch(tmp_path, [*words, what], hooks, processes)
@@ -199,3 +214,70 @@ def test_a_process_that_waits_for_others_to_start_ends_at_once(number, tmp_path)
 
 
 # Other work.
+
+
+@pytest.mark.parametrize("out", ["sheet.png", "folder"])
+def test_sampling_leaves_nothing_half_made(out, tmp_path):
+    """A sheet, and a folder of images, of a model that a run has just made."""
+    words = [*prepare(tmp_path, "maskgit", steps=1), "run=own"]
+    assert run(tmp_path, words)[0] == 0
+    model = str(tmp_path / "own" / "export")
+    command = ["sample", "--model", model, "--num", "3", "--device", "cpu", "--batch-size", "2"]
+    total, there = tmp_path / "calls", names(tmp_path)
+    hook = partial(at_call, 0, print, total)
+    assert run(tmp_path, [*command, "--out", tmp_path / "whole" / out], hook)[0] == 0
+    draw = random.Random(out)
+    for _ in range(8):
+        number, place = draw.choice(BOTH), 0.97 * (1 - draw.random() ** 2)
+        hook = partial(at_call, int(place * int(total.read_text())), sending(number))
+        status, _, err = run(tmp_path, [*command, "--out", tmp_path / "cut" / out], hook)
+        assert status == 128 + number and "Traceback" not in err, err
+        assert not (tmp_path / "cut").exists() or names(tmp_path / "cut") == []
+    assert set(names(tmp_path)) - {*there, "calls", "whole", "cut"} == set()
+    assert run(tmp_path, [*command, "--out", tmp_path / "cut" / out])[0] == 0
+
+
+def test_tokenizing_goes_on_with_the_next_shard(tmp_path):
+    prepare(tmp_path, "maskgit")
+    command = ["tokenize", "--data", tmp_path / "photos", "--tokenizer", tmp_path / "vq"]
+    command += ["--size", "16", "16", "--shard-images", "3", "--out"]
+    total = tmp_path / "calls"
+    hook = partial(at_call, 0, print, total)
+    assert run(tmp_path, [*command, tmp_path / "whole"], hook)[0] == 0
+    draw, seen = random.Random(0), set()
+    for moment in range(6):
+        number, place = draw.choice(BOTH), 0.97 * (1 - draw.random() ** 3)
+        hook = partial(at_call, int(place * int(total.read_text())), sending(number))
+        out = tmp_path / f"cut{moment}"
+        status, _, err = run(tmp_path, [*command, out], hook)
+        assert status == 128 + number and "Traceback" not in err, err
+        if out.exists():
+            assert leftovers(out) == []
+            seen.add(len(shards(out / "train")))
+        assert run(tmp_path, [*command, out])[0] == 0
+        for split in ("train", "heldout"):
+            assert shards(out / split) == shards(tmp_path / "whole" / split)
+    assert len(seen) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", BOTH)
+def test_a_signal_while_python_starts(number, tmp_path):
+    """From outside, and without what the other tests have loaded beforehand."""
+    words = [*prepare(tmp_path, "classifier", steps=10_000, save_every=1), "run=own"]
+    draw = random.Random(number)
+    command = [sys.executable, "-m", "maskgit", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for _ in range(4):
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(1 + 6 * draw.random())
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode in (128 + number, -number), err
+        assert process.returncode < 0 or "Traceback" not in err
+        if (tmp_path / "own").exists():
+            assert leftovers(tmp_path / "own") == []
+    status, out, _ = run(tmp_path, [*words, "train.steps=1", "--restart"])
+    assert status == 0

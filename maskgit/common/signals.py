@@ -73,7 +73,10 @@ def held() -> Iterator[Held]:
                 os._exit(128 + number[0])
         os.close(reading)
 
+    # A signal that reached that thread instead of the main one would not wake the main one.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
     threading.Thread(target=watch, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     before = {number: signal.signal(number, received.note) for number in NUMBERS}
     waker = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     _held.append(received)

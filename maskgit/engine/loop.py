@@ -90,7 +90,6 @@ def train(
                     journal.write(done, logged)
                 for warning in task.watch(done, logged):
                     log(f"warning: {warning}")
-            advance(note=f"loss {last['loss']:.4f}" if "loss" in last else "")
             better = state.is_best(run, score)
             if better or todo & {"save", "stop"}:
                 state.save(run, done, score)
@@ -99,6 +98,7 @@ def train(
                 on_main(lambda: state.export(run / "best"))
             if "draw" in todo:
                 on_main(partial(_draw, state, journal, done, batch, stop))
+            advance(note=f"loss {last['loss']:.4f}" if "loss" in last else "")
             if ("stop" in todo or done == config.steps) and any(
                 numbers := gather_objects(stop[0] if stop else 0)
             ):

@@ -222,9 +222,13 @@ class State:
     def export(self, folder: Path) -> None:
         """Write the averaged model into a folder that is, from its first moment on, whole."""
         target = folder if folder.exists() else folder.with_name(f"{PARTIAL}{folder.name}")
-        self.task.export(self.ema.module, target)
-        if target != folder:
-            target.rename(folder)
+        try:
+            self.task.export(self.ema.module, target)
+            target.rename(folder)  # onto itself, where there is one
+        except OSError:
+            if target != folder:
+                shutil.rmtree(target, ignore_errors=True)
+            raise
 
     def is_best(self, run: Path, score: float | None) -> bool:
         """Whether a score on held-out data is worth keeping: no checkpoint has a better one."""
