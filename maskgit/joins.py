@@ -20,7 +20,7 @@ from maskgit.common import UserError
 from maskgit.common.device import pick_device
 from maskgit.common.folder import LOCK, load_weights, locked, write_whole
 from maskgit.common.processes import on_main, rank, telling_of_others, world
-from maskgit.common.signals import held
+from maskgit.common.signals import deadly, held
 from maskgit.engine.config import differences
 from maskgit.engine.data import ImageSet, batches, in_order, open_images
 from maskgit.engine.journal import check_trackers
@@ -59,9 +59,11 @@ def start(run: Any, restart: bool = False, say: Say = print) -> dict[str, float]
     restart: begin anew even where `run.run` holds a run, which is then moved aside.
     """
     folder = Path(run.run)
-    settings = OmegaConf.structured(run).copy()  # as given: joining fills in what follows from data
-    make_accelerator(run.train)  # raises now, if it cannot be had; and starts the processes
-    check_trackers(run.train.trackers)
+    with deadly():
+        given = OmegaConf.structured(run)  # joining fills in what follows from data
+        settings, text = OmegaConf.to_container(given), OmegaConf.to_yaml(given)
+        make_accelerator(run.train)  # raises now, if it cannot be had; and starts the processes
+        check_trackers(run.train.trackers)
     say = say if rank() == 0 else _silent
     with ExitStack() as stack:
         if world() > 1:  # one that left at a signal would leave the others waiting
@@ -73,12 +75,11 @@ def start(run: Any, restart: bool = False, say: Say = print) -> dict[str, float]
             stack.enter_context(locked(folder))
             if restart and (folder / "config.yaml").exists():
                 say(f"the run before is now {set_aside(folder)}")
-            check_config(folder, OmegaConf.to_container(settings))
+            check_config(folder, settings)
 
         on_main(enter)
         torch.manual_seed(run.train.seed)
         task, stream, validation = JOINS[run.task](run, folder, say)
-        text = OmegaConf.to_yaml(settings)
         on_main(lambda: write_whole(folder / "config.yaml", text.encode()))
         return train(task, stream, validation, run.train, folder, say)
 
@@ -166,7 +167,7 @@ def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
         del sampling["showcase"]  # the classes of other data
     if model.config.null_label is None:
         sampling.pop("guidance", None)
-    MaskGITTask(model, run.loss, tokenizer, stamp.classes, sampling)  # raises before tokens are made
+    MaskGITTask(model, run.loss, tokenizer, stamp.classes, sampling)  # raises before all else
     sets = make()
     commonest = sets["train"].commonest()
     task = MaskGITTask(model, run.loss, tokenizer, stamp.classes, sampling, commonest)

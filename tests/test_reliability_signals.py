@@ -210,7 +210,7 @@ def test_a_process_that_waits_for_others_to_start_ends_at_once(number, tmp_path)
     other.send(signal.SIGKILL)
     time.sleep(2)
     alone.send(number)
-    assert alone.wait(60)[0] in (-number, 128 + number)
+    assert alone.wait(60)[0] == 128 + number
 
 
 # Other work.
@@ -275,9 +275,7 @@ def test_a_signal_while_python_starts(number, tmp_path):
         time.sleep(1 + 6 * draw.random())
         process.send_signal(number)
         _, err = process.communicate(timeout=120)
-        assert process.returncode in (128 + number, -number), err
-        assert process.returncode < 0 or "Traceback" not in err
+        assert process.returncode == 128 + number and "Traceback" not in err, err
         if (tmp_path / "own").exists():
             assert leftovers(tmp_path / "own") == []
-    status, out, _ = run(tmp_path, [*words, "train.steps=1", "--restart"])
-    assert status == 0
+    assert run(tmp_path, [*words, "train.steps=1", "--restart"])[0] == 0

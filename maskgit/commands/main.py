@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from maskgit.common import UserError, nearest
+from maskgit.common.signals import deadly
 
 # Each a module of this package.
 COMMANDS = ("sample", "edit", "train", "tokenize", "plot", "evaluate", "doctor")
@@ -98,10 +99,12 @@ def dispatch(
         command = import_module(_module(package, name))
         if hasattr(command, "COMMANDS"):
             return dispatch(rest, f"{prog} {name}", command.__name__, command.COMMANDS)
-        parser = Parser(f"{prog} {name}", command.EXAMPLE, command.HELP)
-        command.add_arguments(parser)
-        parser.check_options(rest)
-        return command.run(parser.parse_intermixed_args(rest)) or 0
+        with deadly():
+            parser = Parser(f"{prog} {name}", command.EXAMPLE, command.HELP)
+            command.add_arguments(parser)
+            parser.check_options(rest)
+            parsed = parser.parse_intermixed_args(rest)
+        return command.run(parsed) or 0
     if name in ("-h", "--help"):
         print(overview(prog, package, commands))
         return 0

@@ -4,6 +4,8 @@ import argparse
 import time
 from pathlib import Path
 
+from maskgit.common.signals import deadly
+
 HELP = "train a tokenizer, a transformer, a CLIP or a classifier"
 EXAMPLE = "maskgit train emoji_vqgan --smoke"
 
@@ -27,14 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from maskgit.common.processes import rank
-    from maskgit.engine.config import parse_overrides, read_yaml
-    from maskgit.engine.loop import Stopped
-    from maskgit.joins import start
-    from maskgit.runs import resolve
+    with deadly():
+        from maskgit.common.processes import rank
+        from maskgit.engine.config import parse_overrides, read_yaml
+        from maskgit.engine.loop import Stopped
+        from maskgit.joins import start
+        from maskgit.runs import resolve
 
-    content = read_yaml(args.config, CONFIGS)
-    described, expect = resolve(content, parse_overrides(args.settings), args.smoke)
+        content = read_yaml(args.config, CONFIGS)
+        described, expect = resolve(content, parse_overrides(args.settings), args.smoke)
     if args.dry_run:
         from maskgit.dry_run import dry_run
 

@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -14,6 +15,16 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def rescale(gradients: list[Tensor], scale: Tensor, most: float) -> Tensor:
+    """Multiply gradients by `scale`, and by less where their norm would then be above `most`;
+    returns that norm. In place, and without waiting for the device."""
+    norm = nn.utils.get_total_norm(gradients)
+    scale = scale.to(norm.dtype)
+    norm = norm * scale
+    torch._foreach_mul_(gradients, scale * (most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def warmup_cosine(step: int, warmup: int, steps: int, final: float = 0.0) -> float:

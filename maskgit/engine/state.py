@@ -17,7 +17,7 @@ from maskgit.common.folder import PARTIAL
 from maskgit.common.processes import all_reduce, gather_objects, on_main, rank, stop_all, world
 from maskgit.engine import checkpoint
 from maskgit.engine.ema import EMA
-from maskgit.engine.optim import decay_groups, warmup_cosine
+from maskgit.engine.optim import decay_groups, rescale, warmup_cosine
 from maskgit.engine.task import Batch, Logs, Loss, Task, TrainConfig
 
 
@@ -139,10 +139,7 @@ class State:
         scale = world() / all_reduce(total)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        scale = scale.to(norm.dtype)
-        norm = norm * scale
-        torch._foreach_mul_(gradients, scale * (self.config.clip / (norm + 1e-6)).clamp(max=1.0))
+        norm = rescale(gradients, scale, self.config.clip)
         optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
