@@ -31,6 +31,7 @@ def decode(
     top_k: int | None = None,
     top_p: float | None = None,
     start_step: int = 0,
+    order: Tensor | None = None,
     seeds: Tensor | Sequence[int] | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -46,9 +47,12 @@ def decode(
         noise on their log-probability. 0 keeps exactly the likeliest draws.
     top_k, top_p: draw from the k likeliest tokens, from the fewest likely ones that make up p.
     start_step: the step to begin at, for edits that keep more of what was there.
+    order: all positions, int64 (N,) or (B, N), from the first to the last to be settled; what is
+        known is passed over. None settles the most confident ones first.
     seeds: (B,) ints, one an image; None draws them from torch's generator.
     on_step: called after each step with (t, tokens, mask, confidence), each (B, N): what the next
-        step will see, where it is masked, and how sure each draw was (inf where known).
+        step will see, where it is masked, and how sure each draw was (inf where known; by an
+        order, minus its place in that).
 
     Raises UserError for a setting out of range.
     """
@@ -70,6 +74,7 @@ def decode(
         (top_k is None or top_k >= 1, f"top-k is {top_k}, but keeps at least 1 token"),
         (top_p is None or 0 < top_p <= 1, f"top-p is {top_p}, but must be in (0, 1]"),
         (seeds is None or len(seeds) == len(tokens), "there must be one seed for each image"),
+        (order is None or order.shape[-1] == tokens.shape[-1], "the order must name all positions"),
     ):
         if not fine:
             raise UserError(rule)
@@ -78,6 +83,7 @@ def decode(
         seeds = torch.randint(2**63 - 1, (len(tokens),))
     seeds = torch.as_tensor(seeds, dtype=torch.int64, device=tokens.device)
     mask = tokens == mask_id  # (B, N)
+    place = None if order is None else order.to(tokens.device).argsort(-1).float()  # (N) or (B, N)
     counts = masked_counts(mask.sum(-1), schedule, steps, start_step)
     for step, count in zip(range(start_step, steps), counts, strict=True):
         r = (step + 1) / steps
@@ -88,7 +94,7 @@ def decode(
         logits = tokens_to_logits(tokens, r)  # (B, N, K)
         drawn, log_p = draw(logits, token_noise, start + (end - start) * r, top_k, top_p)
         gumbel = -torch.log(-torch.log(choice_noise))
-        confidence = log_p + choice_temperature * (1 - r) * gumbel
+        confidence = log_p + choice_temperature * (1 - r) * gumbel if place is None else -place
         # A logit that is not a number must not outrank what is known.
         confidence = torch.where(mask, confidence.nan_to_num(-math.inf), math.inf)
         tokens = torch.where(mask, drawn, tokens)

@@ -32,6 +32,7 @@ from maskgit.evaluation.classifier import Classifier
 from maskgit.evaluation.classifier_task import ClassifierTask
 from maskgit.evaluation.prompts import class_texts
 from maskgit.model import MaskGIT
+from maskgit.resize import class_names, resized
 from maskgit.runs import ClassifierRun, CLIPRun, MaskGITRun, Run, VQGANRun
 from maskgit.task import MaskGITTask
 from maskgit.tokenized import token_sets
@@ -161,7 +162,11 @@ def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
     run.model.has_null_label = run.loss.label_dropout > 0
     model = MaskGIT(run.model)
     if run.init:
-        initialise(model, MaskGIT.from_pretrained(run.init), run.init)
+        source = MaskGIT.from_pretrained(run.init)
+        source, said = resized(source, run.model, class_names(run.init), stamp.classes)
+        initialise(model, source, run.init)
+        for line in said:
+            say(f"init={run.init}: {line}")
     sampling = dict(run.sampling)
     if not set(sampling.get("showcase", [])) <= set(stamp.classes):
         del sampling["showcase"]  # the classes of other data

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from maskgit import editing
-from maskgit.common import UserError
+from maskgit.common import UserError, pick
 from maskgit.common.device import pick_device, pick_dtype
 from maskgit.common.folder import FORMAT_VERSION, find, read_json, write_json
 from maskgit.decode import OnStep, decode
 from maskgit.guidance import guided
 from maskgit.model import MaskGIT
+from maskgit.orders import ORDERS
+from maskgit.presets import pick_preset, read_presets
 from maskgit.request import Labels, image_seeds, label_ids, merge
 from vqgan import VQGAN
 
@@ -35,6 +37,8 @@ class Pipeline:
     labels: the names of the classes; none makes their numbers the names.
     sampling: settings of this model that differ from `request.DEFAULTS`, and `showcase`, the names
         of classes that show what it can do.
+    presets: by name, "settings" to go by in place of `sampling`, and what was reached with them;
+        see `maskgit.presets`.
 
     Raises UserError when the parts do not belong together.
     """
@@ -45,6 +49,7 @@ class Pipeline:
         transformer: MaskGIT,
         labels: Sequence[str] = (),
         sampling: dict[str, Any] | None = None,
+        presets: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         codes, config = vqgan.config.codebook_size, transformer.config
         if codes != config.codebook_size:
@@ -54,9 +59,10 @@ class Pipeline:
             raise UserError(f"{len(labels)} labels for a model of {config.num_classes} classes")
         self.vqgan, self.transformer = vqgan.eval(), transformer.eval()
         self.labels = [str(name) for name in labels or range(config.num_classes)]
-        self.sampling = dict(sampling or {})
+        self.sampling, self.presets = dict(sampling or {}), dict(presets or {})
         self.showcase = self.label_ids(self.sampling.get("showcase", []))
-        self.settings({})
+        for preset in [None, *self.presets]:
+            self.settings({"preset": preset})
 
     @classmethod
     def from_pretrained(
@@ -82,7 +88,7 @@ class Pipeline:
         labels, sampling = read_json(folder / "labels.json"), index.get("sampling") or {}
         if not isinstance(labels, list) or not isinstance(sampling, dict):
             raise UserError(f"{folder}: labels.json is no list of names, or sampling no settings")
-        pipe = cls(vqgan, transformer, labels, sampling)
+        pipe = cls(vqgan, transformer, labels, sampling, read_presets(folder / "presets.json"))
         size = list(pipe.image_size)
         if index.get("image_size", size) != size:
             sizes = f"grid x factor is {size}, not {index['image_size']}"
@@ -90,11 +96,14 @@ class Pipeline:
         return pipe.to(device, dtype)
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
-        """Write model_index.json, labels.json, vqgan/ and transformer/, in fp16 if `half`."""
+        """Write model_index.json, labels.json, presets.json if there are any, vqgan/ and
+        transformer/, in fp16 if `half`."""
         folder = Path(folder)
         self.vqgan.save_pretrained(folder / "vqgan", half=half)
         self.transformer.save_pretrained(folder / "transformer", half=half)
         write_json(folder / "labels.json", self.labels)
+        if self.presets:
+            write_json(folder / "presets.json", self.presets)
         index = dict(sampling=self.sampling, image_size=list(self.image_size))
         write_json(folder / "model_index.json", {"format_version": FORMAT_VERSION, **index})
 
@@ -141,8 +150,9 @@ class Pipeline:
         seed: image i has the seed `seed + i`; a list gives each its own. The same seed, label and
             settings give the same image, whatever else is in the batch.
         on_step: see `decode`; called for each batch in turn.
-        settings: any of `request.DEFAULTS` (see `decode` and `guided`), in place of the model's
-            own. 0 for `top_k` or `top_p` means none.
+        settings: any of `request.DEFAULTS` (see `decode`, `guided` and `orders`), in place of the
+            model's own; `preset`, a name in `presets`, stands for all that are not given. 0 for
+            `top_k` or `top_p` means none.
 
         Raises UserError for an unknown class, and for a setting that is unknown or out of range.
         """
@@ -227,9 +237,13 @@ class Pipeline:
         return self.vqgan.decode(tokens.view(-1, *self.transformer.config.grid)).float()
 
     def settings(self, given: dict[str, Any]) -> dict[str, Any]:
-        """How to decode, in full: `given`, else this model's own, else the default."""
+        """How to decode, in full: `given`, else those of the preset that it names or, where it
+        names none, this model's own, else the default."""
         own = {name: value for name, value in self.sampling.items() if name != "showcase"}
-        return merge(own, given)
+        preset = given.get("preset")
+        if preset is not None:
+            own = pick_preset(self.presets, preset)["settings"]
+        return merge(own, {name: value for name, value in given.items() if name != "preset"})
 
     def label_ids(self, labels: Labels) -> list[int | None]:
         """Class numbers of labels given in any form; UserError for one that the model lacks."""
@@ -247,4 +261,6 @@ class Pipeline:
         labels = None if classless else torch.tensor(numbers, device=self.device)
         scale, shape = options.pop("guidance"), options.pop("guidance_schedule")
         function = guided(self.transformer, labels, scale, shape)
-        return self.render(decode(function, tokens, config.mask_id, **options))
+        options |= {name: options[name] or None for name in ("top_k", "top_p")}
+        order = pick(ORDERS, options.pop("order"), "order")(config.grid, options["seeds"])
+        return self.render(decode(function, tokens, config.mask_id, order=order, **options))

@@ -14,10 +14,11 @@ DEFAULTS: dict[str, Any] = dict(
     guidance=0.0,
     guidance_schedule="constant",
     schedule="cosine",
+    order="confidence",
     temperature=1.0,
     choice_temperature=4.5,
-    top_k=None,
-    top_p=None,
+    top_k=0,  # none
+    top_p=0,
     start_step=0,
 )
 
@@ -25,12 +26,11 @@ DEFAULTS: dict[str, Any] = dict(
 def merge(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """DEFAULTS, over them the model's `own`, over these those `given`, where None leaves them be.
 
-    0 for `top_k` or `top_p` means none. Raises UserError for an unknown name.
+    Raises UserError for an unknown name.
     """
     for name in (*own, *given):
         pick(DEFAULTS, name, "sampling setting")
-    chosen = {**DEFAULTS, **own, **{k: v for k, v in given.items() if v is not None}}
-    return {**chosen, "top_k": chosen["top_k"] or None, "top_p": chosen["top_p"] or None}
+    return {**DEFAULTS, **own, **{k: v for k, v in given.items() if v is not None}}
 
 
 def image_seeds(seed: int | Sequence[int], count: int) -> list[int]:

@@ -31,6 +31,7 @@ SCHEDULES: dict[str, Schedule] = {
     # (The cosine as a sine, so that it ends at 0 exactly: cos(pi r / 2) = sin(pi (1 - r) / 2).)
     "cosine": _schedule(lambda r, n: torch.sin(math.pi / 2 * (1 - r))),
     "arccos": _schedule(lambda r, n: torch.arccos(r) * (2 / math.pi)),
+    "halton": _schedule(lambda r, n: _one_more(torch.arccos(r) * (2 / math.pi), n)),
     "square": _schedule(lambda r, n: 1 - r**2),
     "cubic": _schedule(lambda r, n: 1 - r**3),
     "exponential": _schedule(lambda r, n: 1 - n ** (r - 1)),
@@ -40,6 +41,14 @@ SCHEDULES: dict[str, Schedule] = {
     "square-root": _schedule(lambda r, n: 1 - r**0.5),
     "logarithmic": _schedule(lambda r, n: -torch.log2(r) / torch.log2(n.clamp(min=2))),
 }
+
+
+def _one_more(share: Tensor, n: Tensor) -> Tensor:
+    """`share` of `n` as Halton-MaskGIT's released code counts: it rounds down what is settled, not
+    what stays masked. Where that ought to be whole (576 tokens at r = 1/2), its product lies just
+    below the whole number, in fp32 and in float64; so one more stays masked there too."""
+    count = (share * n + 1e-6).floor() + (share > 0)
+    return count / n.clamp(min=1)
 
 
 def masked_count(share: Any, n: Any) -> Any:

@@ -1,19 +1,25 @@
 """Files of torch.save and TorchScript: read exactly, and nothing in them runs."""
 
+import argparse
+import copy
 import io
 import os
 import pickle
 import random
 import subprocess
 import sys
+import tarfile
 import types
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import ROOT, one_line
+from omegaconf import OmegaConf
 
 from maskgit.common import UserError
 from maskgit.common.pickles import Record, flatten, read_torch
@@ -156,6 +162,152 @@ def test_a_file_that_would_execute_code_is_refused(
     assert not (tmp_path / "ran").exists()
 
 
+FORBIDDEN = ("os.", "subprocess.", "pickle.find_class", "shutil.", "pty.")
+happened = []  # audit events: Python tells them of what it is about to do
+sys.addaudithook(lambda event, _: event.startswith(FORBIDDEN) and happened.append(event))
+
+
+def wrapped(path, kind, instructions):
+    """A file of each format with these instructions where a pickle is."""
+    stacked = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001)]
+    stacked += [pickle.dumps({"little_endian": True}, 2), instructions, pickle.dumps([], 2)]
+    if kind == "zip":
+        archive(path, instructions)
+    elif kind == "tar":
+        with tarfile.open(path, "w:") as tar:
+            for name in ("storages", "tensors", "pickle"):
+                empty = pickle.dumps(0, 2) + pickle.dumps([], 2)
+                content = instructions if name == "pickle" else empty
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    else:
+        path.write_bytes(b"".join(stacked) if kind == "stacked" else instructions)
+    return path
+
+
+def short(text):
+    return b"\x8c" + bytes([len(text)]) + text.encode()  # SHORT_BINUNICODE
+
+
+CODE = {
+    "GLOBAL": b"\x80\x02cos\nsystem\n(S'touch ran'\ntR.",
+    "STACK_GLOBAL": b"\x80\x04" + short("os") + short("system") + b"\x93S'touch ran'\n\x85R.",
+    "INST": b"\x80\x02(S'touch ran'\nios\nsystem\n.",
+    "OBJ": b"\x80\x02(cos\nsystem\nS'touch ran'\no.",
+    "NEWOBJ": b"\x80\x02csubprocess\nPopen\n(S'touch'\ntb\x81.",
+    "NEWOBJ_EX": b"\x80\x04csubprocess\nPopen\nS'touch'\n\x85}\x92.",
+    "eval": b'\x80\x02c__builtin__\neval\n(S\'open("ran", "w")\'\ntR.',
+    "builtins": b'\x80\x04cbuiltins\neval\n(S\'open("ran", "w")\'\ntR.',
+    "BUILD": b"\x80\x02cargparse\nNamespace\n)\x81}S'__setstate__'\ncos\nsystem\nsb.",
+    "nested": b"\x80\x02}S'a'\n](cargparse\nNamespace\n(cos\nsystem\n(S'touch ran'\ntRtRes.",
+    "copyreg": b"\x80\x02ccopy_reg\n_reconstructor\n(cargparse\nNamespace\nNNtR.",
+    "a storage": b"\x80\x02(S'storage'\ncos\nsystem\n(S'touch ran'\ntRS'0'\nS'cpu'\nK\x01tQ.",
+    "torch": b"\x80\x02ctorch.storage\n_load_from_bytes\n(S'ran'\ntR.",
+    "numpy": b"\x80\x02cnumpy\nload\n(S'ran'\ntR.",
+    "codecs": b"\x80\x02c_codecs\nopen\n(S'ran'\nS'w'\ntR.",
+    # Names like those of Lightning, argparse and OmegaConf that are not their classes'.
+    "function": b"\x80\x02cpytorch_lightning.utilities\nsystem\n(S'touch ran'\ntR.",
+    "dotted": b"\x80\x04" + short("pytorch_lightning") + short("Trainer.os.system") + b"\x93.",
+    "alike": b"\x80\x02cpytorch_lightning_evil\nTrainer\n(S'touch ran'\ntR.",
+    "prefix": b"\x80\x02clightningos\nTrainer\n(S'touch ran'\ntR.",
+    "path": b"\x80\x02cpytorch_lightning/../os\nSystem\n(S'touch ran'\ntR.",
+    "argparse": b"\x80\x02cargparse\n_sys\n.",
+    "Namespace": b"\x80\x04" + short("argparse") + short("Namespace.__init__") + b"\x93.",
+    "line": b"\x80\x04" + short("os\nx") + short("\x1b[31msystem") + b"\x93.",
+}
+
+
+@pytest.mark.parametrize("kind", ["zip", "stacked", "tar", "bare"])
+@pytest.mark.parametrize("name", CODE)
+def test_code_in_any_format(tmp_path, monkeypatch, kind, name):
+    monkeypatch.chdir(tmp_path)
+    path = wrapped(tmp_path / "a.pt", kind, CODE[name])
+    happened.clear()
+    with pytest.raises(UserError) as error:
+        read_torch(path)
+    assert happened == []
+    one_line(error, "a.pt", "is refused: it names", "nothing of it has run")
+    assert str(error.value).isprintable()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_lightning_and_argparse_leave_is_inert(tmp_path, monkeypatch):
+    """Written by torch.save from classes in modules of their names, and of OmegaConf's own."""
+    names = ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.utilities")
+    modules = {name: types.ModuleType(name) for name in names}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    made = {"__module__": names[1]}
+    modules[names[1]].ModelCheckpoint = type("ModelCheckpoint", (), made)
+    made = {"__module__": names[2]}
+    modules[names[2]].AttributeDict = type("AttributeDict", (dict,), made)
+    checkpoint = modules[names[1]].ModelCheckpoint()
+    checkpoint.best, checkpoint.weight = 0.5, torch.ones(3)
+    content = {
+        "state_dict": OrderedDict(weight=torch.arange(3.0)),
+        "callbacks": {modules[names[1]].ModelCheckpoint: {"best": numpy.float64(0.5)}},
+        "object": checkpoint,
+        "hyper_parameters": modules[names[2]].AttributeDict(rate=0.1),
+        "args": argparse.Namespace(lr=1e-4, path=Path("x"), device=torch.device("cpu")),
+        "config": OmegaConf.create({"a": {"b": [1, 2]}, "c": "${a.b}"}),
+        "counts": Counter("aab"),
+        "names": {"a", "b"},
+    }
+    for new in (True, False):
+        torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=new)
+        happened.clear()
+        found = read_torch(tmp_path / "a.ckpt")
+        assert happened == []
+        assert found["state_dict"]["weight"].tolist() == [0, 1, 2]
+        assert isinstance(found["args"], Record) and found["args"]["lr"] == 1e-4
+        assert found["hyper_parameters"] == {"rate": 0.1}
+        assert found["object"]["best"] == 0.5
+        assert list(flatten({"state_dict": found["state_dict"]})) == ["state_dict.weight"]
+        for name in ("config", "counts", "names"):
+            assert isinstance(found[name], Record)
+
+
+def test_nothing_is_imported_for_a_record(tmp_path):
+    wanted = b"\x80\x02cpytorch_lightning.antigravity\nTrainer\n(S'touch ran'\ntR."
+    assert read_torch(archive(tmp_path / "a.pt", wanted)) == {}
+    assert not any(name.startswith("pytorch_lightning") for name in sys.modules)
+
+
+def test_little_that_stands_for_much(tmp_path):
+    """A few bytes that describe a tuple of 2^200 parts, or a dict of 2^60 names."""
+    tuples = b"\x80\x02}N\x85" + b"2\x86" * 200 + b"Ns."
+    with pytest.raises(UserError) as error:
+        read_torch(archive(tmp_path / "a.pt", tuples))
+    one_line(error, "a.pt", "nested tuples")
+    content = {"a": torch.zeros(1)}
+    for _ in range(40):
+        content = {"a": content, "b": content}
+    torch.save(content, tmp_path / "b.pt")
+    with pytest.raises(UserError) as error:
+        flatten(read_torch(tmp_path / "b.pt"))
+    one_line(error, "nested too deep")
+    key = b"\x80\x02(S'storage'\nctorch\nFloatStorage\nN\x85" + b"2\x86" * 200
+    with pytest.raises(UserError) as error:
+        read_torch(archive(tmp_path / "a.pt", key + b"S'cpu'\nK\x01tQ."))
+    one_line(error, "a.pt", "no storage")
+
+
+def test_records_that_overlap(tmp_path):
+    """Many names of one large record would be read once each."""
+    path = archive(tmp_path / "a.pt", pickled(1), [bytes(1000)])
+    with zipfile.ZipFile(path, "a") as file:
+        record = file.getinfo("toy/data/0")
+        for i in range(1, 20):
+            again = copy.copy(record)
+            again.filename = again.orig_filename = f"toy/data/{i}"
+            file.filelist.append(again)
+        file._didModify = True
+    with pytest.raises(UserError) as error:
+        read_torch(path)
+    one_line(error, "a.pt", "overlap")
+
+
 @pytest.mark.parametrize(
     "instructions",
     [
@@ -225,8 +377,6 @@ def test_damaged_and_foreign_files(tmp_path):
     torch.save({"a": torch.randn(1000)}, tmp_path / "good.pt")
     good = (tmp_path / "good.pt").read_bytes()
     middle = good.index(b"data/0") + 300
-    legacy = io.BytesIO()
-    torch.save({"a": torch.zeros(2)}, legacy, _use_new_zipfile_serialization=False)
     numbers = torch.arange(4.0).numpy().tobytes()
     archive(tmp_path / "big", pickled(Tensor()), [numbers], byteorder=b"big")
     archive(tmp_path / "packed", pickled(Tensor()), [numbers * 9], method=zipfile.ZIP_DEFLATED)
@@ -237,7 +387,6 @@ def test_damaged_and_foreign_files(tmp_path):
         "text": (b"not a model\n" * 9, "no file of torch.save"),
         "cut": (good[: len(good) // 2], "truncated"),
         "flipped": (good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :], "is damaged"),
-        "legacy": (legacy.getvalue(), "before 1.6"),
         "pickle": (pickle.dumps({"a": 1}), "is a pickle"),
         "big": (None, "big-endian"),
         "packed": (None, "compressed"),

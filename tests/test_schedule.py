@@ -14,10 +14,12 @@ N = 256
 # Chang et al. 2022, section 3.3; the arccos is not in the paper, but bends as its cosine does.
 CONCAVE = "cosine", "arccos", "square", "cubic", "exponential"
 CONVEX = "square-root", "logarithmic"
+COUNTED = ("halton",)  # the arccos in whole tokens: it has steps
 
 BY_HAND = {
     "cosine": lambda r, n: math.cos(math.pi * r / 2),
     "arccos": lambda r, n: 2 * math.acos(r) / math.pi,
+    "halton": lambda r, n: 1 - int(n * (1 - math.acos(r) * 2 / math.pi)) / n,
     "linear": lambda r, n: 1 - r,
     "square": lambda r, n: 1 - r * r,
     "cubic": lambda r, n: 1 - r * r * r,
@@ -28,7 +30,7 @@ BY_HAND = {
 
 
 def test_every_schedule_is_checked():
-    assert set(SCHEDULES) == {*CONCAVE, *CONVEX, "linear"} == set(BY_HAND)
+    assert set(SCHEDULES) == {*CONCAVE, *CONVEX, *COUNTED, "linear"} == set(BY_HAND)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -52,7 +54,7 @@ def test_falls_from_one_to_zero(name, n):
     assert schedule(1.0, n) == shares[-1] == 0
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in COUNTED])
 def test_bends_as_the_paper_says(name):
     shares = SCHEDULES[name](R, N)
     bend = shares[R > 1 / N].diff(n=2)  # below 1/N the logarithm is clipped
@@ -88,6 +90,15 @@ def test_official_counts_at_256_tokens():
     """floor(256 cos(pi r / 2)) for r = 1/8 .. 8/8, as MaskGIT's released code counts."""
     counts = [masked_count(SCHEDULES["cosine"](t / 8, 256), 256) for t in range(1, 9)]
     assert counts == [251, 236, 212, 181, 142, 97, 49, 0]
+
+
+@pytest.mark.parametrize("n", [256, 576, 1024])
+@pytest.mark.parametrize("steps", [8, 12, 32, 64])
+def test_counts_of_halton_maskgit(n, steps):
+    """int(n (1 - 2 / pi arccos(r))) settled, or as many as steps, as its released code counts."""
+    settled = [max(t, int(n * (1 - math.acos(t / steps) * 2 / math.pi))) for t in range(1, steps)]
+    masked = [masked_count(SCHEDULES["halton"](t / steps, n), n) for t in range(1, steps + 1)]
+    assert masked == [n - count for count in settled] + [0]
 
 
 def test_unknown_name():

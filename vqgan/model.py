@@ -230,8 +230,10 @@ class VQGAN(nn.Module):
 
         Returns the reconstruction (B, 3, H, W), the latents as rows (B h w, D), their tokens
         (B, h, w) and the quantizer's loss. `quantize=False` leaves the bottleneck out, as a warm
-        start does before there is a codebook; its loss is then 0.
+        start does before there is a codebook; its loss is then 0. UserError for a Gumbel codebook.
         """
+        if self.config.quantizer.gumbel:
+            raise UserError("no training of a Gumbel codebook: set model.quantizer.gumbel=false")
         z = self.latents(images)  # (B, D, h, w)
         rows = self.quantizer.flatten(z)
         if not quantize:

@@ -17,11 +17,16 @@ from maskgit.common.precision import widen
 
 @dataclass
 class QuantizerConfig:
-    """`normalize` compares and returns unit vectors, latents and codes alike (LlamaGen's way)."""
+    """`normalize` compares and returns unit vectors, latents and codes alike (LlamaGen's way).
+
+    `gumbel` takes the code of the greatest logit instead of the nearest, as taming-transformers'
+    Gumbel codebooks have them (Jang et al. 2016); it is for use only and not for training.
+    """
 
     codebook_size: int = 1024
     dim: int = 256
     normalize: bool = False
+    gumbel: bool = False
 
     def __post_init__(self) -> None:
         if self.codebook_size < 1 or self.dim < 1:
@@ -36,6 +41,8 @@ class Quantizer(nn.Module):
         self.normalize = config.normalize
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.dim))
         nn.init.uniform_(self.codebook, -1 / config.codebook_size, 1 / config.codebook_size)
+        if config.gumbel:
+            self.proj = nn.Conv2d(config.dim, config.codebook_size, 1)  # to logits
 
     def codes(self) -> Tensor:
         """The codebook as it is compared and returned, fp32 or more (K, D)."""
@@ -58,8 +65,12 @@ class Quantizer(nn.Module):
         return self.nearest(self.flatten(z)).view(z.shape[0], *z.shape[2:])
 
     def nearest(self, rows: Tensor) -> Tensor:
-        """Ids (M,) of the codes nearest to `rows` (M, D), as `flatten` gives them."""
+        """Ids (M,) of the codes nearest to `rows` (M, D), as `flatten` gives them, or of the
+        greatest logits."""
         with torch.autocast(rows.device.type, enabled=False):
+            if hasattr(self, "proj"):  # without the noise that published code draws even in eval
+                kernel, bias = map(widen, self.proj.parameters())
+                return F.linear(rows, kernel.flatten(1), bias).argmax(1)  # of (M, K)
             codes = self.codes()
             distance = codes.square().sum(1) - 2 * rows @ codes.T  # (M, K), less |row|^2
         return distance.argmin(1)

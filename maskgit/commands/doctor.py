@@ -1,4 +1,7 @@
-"""`maskgit doctor`: what this machine and this installation can do, one line each."""
+"""`maskgit doctor`: what this machine and this installation can do, one line each.
+
+With --model, whether a model folder is whole: see `maskgit/checkup.py`.
+"""
 
 import argparse
 import os
@@ -8,9 +11,9 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from maskgit.common.folder import BUNDLED, file_hash
+from maskgit.common.folder import BUNDLED, file_hash, find
 
-HELP = "say what this machine and this installation can do"
+HELP = "say what this machine and this installation can do, or whether a model is whole"
 EXAMPLE = "maskgit doctor"
 
 PARTS = (
@@ -24,16 +27,25 @@ Finding = tuple[str, str, bool]  # what, what was found, whether one can work wi
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command has no options."""
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="check this model instead: hashes, structure, tokens"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one line a finding; 0 if all is well, else 1."""
     usable = True
-    for what, found, good in findings():
+    for what, found, good in model_findings(args.model) if args.model else findings():
         print(f"{'' if good else 'PROBLEM: '}{what}: {found}", flush=True)
         usable = usable and good
     return 0 if usable else 1
+
+
+def model_findings(source: str) -> Iterator[Finding]:
+    """All that is looked at in a model: a folder, a bundled name, or a hub id."""
+    from maskgit.checkup import check_folder
+
+    yield from check_folder(find(source))
 
 
 def findings() -> Iterator[Finding]:

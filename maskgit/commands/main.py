@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
 from types import FrameType
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ from maskgit.common import UserError, nearest
 from maskgit.common.signals import deadly
 
 # Each a module of this package.
-COMMANDS = ("sample", "edit", "train", "tokenize", "plot", "evaluate", "doctor")
+COMMANDS = ("sample", "edit", "train", "tokenize", "plot", "evaluate", "import", "doctor")
 
 # What a full or a locked disk says: no bug, so no traceback.
 DISK = {errno.ENOSPC: 1, errno.EDQUOT: 1, errno.EFBIG: 1}
@@ -135,8 +136,8 @@ def overview(prog: str, package: str, commands: Sequence[str]) -> str:
 
 
 def _module(package: str, name: str) -> str:
-    """Where a command is: `clip-score` in clip_score.py."""
-    return f"{package}.{name.replace('-', '_')}"
+    """Where a command is: `clip-score` in clip_score.py, `import` in import_.py."""
+    return f"{package}.{name.replace('-', '_')}{'_' if iskeyword(name) else ''}"
 
 
 def _fail(message: object, status: int) -> int:

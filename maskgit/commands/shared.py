@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from maskgit.pipeline import Pipeline
 
 SETTINGS = (
+    "preset",
     "steps",
     "guidance",
     "guidance_schedule",
     "schedule",
+    "order",
     "temperature",
     "choice_temperature",
     "top_k",
@@ -57,10 +59,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """How it decodes; without these, as the model's own settings say."""
     group = parser.add_argument_group("decoding (by default as is best for the model)")
+    group.add_argument("--preset", help="published settings in the model's folder, for the others")
     group.add_argument("--steps", type=at_least(1), help="parallel steps")
     group.add_argument("--guidance", type=float, help="classifier-free guidance; 0: off")
     group.add_argument("--guidance-schedule", help="constant, linear, power-cosine, interval")
     group.add_argument("--schedule", help="of the mask ratio: cosine, arccos, linear, ...")
+    group.add_argument("--order", help="of settling: confidence, halton, halton-rolled")
     group.add_argument("--temperature", type=span, help="of the tokens' draw: T or START,END")
     group.add_argument("--choice-temperature", type=float, help="noise on the order; 0: none")
     group.add_argument("--top-k", type=at_least(0), help="draw from the k likeliest; 0: from all")

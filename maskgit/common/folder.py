@@ -180,15 +180,43 @@ def save_module(folder: str | Path, module: "nn.Module", config: Any, half: bool
     )
 
 
+# What safetensors calls the types of numbers, the widest first, in which order it writes them.
+NUMBERS = {
+    **{"uint64": "U64", "int64": "I64", "float64": "F64", "float32": "F32", "uint32": "U32"},
+    **{"int32": "I32", "bfloat16": "BF16", "float16": "F16", "uint16": "U16", "int16": "I16"},
+    **{"int8": "I8", "uint8": "U8", "bool": "BOOL"},
+}
+
+
 def write_tensors(
     path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file. Unlike the library's own writer, with the permissions of any other
-    file, and a full disk is an OSError."""
-    from safetensors.torch import save
+    """Write a safetensors file. Unlike the library's own writer, one tensor at a time, so that no
+    memory is needed for all of them; and a full disk is an OSError.
 
-    with naming(path):
-        path.write_bytes(save(tensors, metadata))
+    The bytes are the library's: the length of a header, the header (JSON, padded to 8 bytes), the
+    numbers, those of wide types first.
+    """
+    import torch
+
+    order = list(NUMBERS)
+    kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    names = sorted(
+        tensors, key=lambda name: (-tensors[name].itemsize, order.index(kinds[name]), name)
+    )
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        about = {"dtype": NUMBERS[kinds[name]], "shape": list(tensors[name].shape)}
+        header[name] = about | {"data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with naming(path), path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def load_state(path: Path) -> dict[str, Any]:

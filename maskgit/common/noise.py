@@ -8,8 +8,9 @@ nothing. All arithmetic is on integers below 2^63, which every device and compil
 import torch
 from torch import Tensor
 
-# Streams, one for each thing that is drawn. Decoding: the token, the Gumbel noise of the choice.
-TOKEN, CHOICE = 0, 1
+# Streams, one for each thing that is drawn. Decoding: the token, the Gumbel noise of the choice,
+# where an order of positions begins.
+TOKEN, CHOICE, ORDER = 0, 1, 8
 # Training: how much is masked and where, whether the label is dropped, how an image is varied,
 # which of its captions and which of its cached variants (mirrored, cropped) is taken.
 MASK_RATIO, MASK, LABEL, VARY, CAPTION, VARIANT = 2, 3, 4, 5, 6, 7
