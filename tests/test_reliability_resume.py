@@ -146,7 +146,7 @@ def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_leaves_no_lock(tmp
     assert first.lives
     first.send(signal.SIGKILL)
     assert first.wait()[0] == -signal.SIGKILL
-    status, out, err = run(tmp_path, [*command, "train.steps=1"])
+    status, _, err = run(tmp_path, [*command, "train.steps=1"])
     assert status == 0, err
 
 
