@@ -13,7 +13,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator
 
 from maskgit.commands.train import CONFIGS
 from maskgit.engine import state
@@ -27,7 +26,7 @@ from maskgit.runs import resolve
 WARM = 10  # steps that are not counted
 STAGES: dict[str, tuple[Any, str]] = {
     "forward": (Losses, "forward"),
-    "backward": (Accelerator, "backward"),
+    "backward": (torch.Tensor, "backward"),
     "clipping": (state, "rescale"),
     "optimizer": (torch.optim.AdamW, "step"),
     "average": (EMA, "update"),
@@ -52,18 +51,18 @@ def run() -> list[dict[str, Any]]:
 
 def overhead(what: str, config: str, steps: int, limit: float, *more: str) -> dict[str, Any]:
     """Train `config` for some steps, and see what time went where."""
-    off = [f"train.{name}_every=0" for name in ("validate", "draw", "save")]
     settings = [
         f"train.steps={steps + WARM}",
         "train.compile=false",
         "train.log_every=10",
-        *off,
+        *(f"train.{name}_every=0" for name in ("validate", "draw", "save")),
         *more,
+        "train.save_minutes=0",
     ]
     spent = dict.fromkeys(STAGES, 0.0)
     marks: list[dict[str, float]] = []  # at each step's beginning: the time, and what was spent
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        words = parse_overrides([*settings, *off, *more, f"run={folder}/run"])
+        words = parse_overrides([*settings, f"run={folder}/run"])
         described, _ = resolve(read_yaml(config, CONFIGS), words, smoke=False)
         for stage, (owner, name) in STAGES.items():
             stack.enter_context(_timed(owner, name, spent, stage))

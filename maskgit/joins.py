@@ -74,7 +74,7 @@ def start(run: Any, restart: bool = False, say: Say = print) -> dict[str, float]
         def enter() -> None:
             check_writable(folder)
             stack.enter_context(locked(folder))
-            if restart and (folder / "config.yaml").exists():
+            if restart and any(path.name != LOCK for path in folder.iterdir()):
                 say(f"the run before is now {set_aside(folder)}")
             check_config(folder, settings)
 

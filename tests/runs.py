@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from itertools import count
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -234,6 +235,17 @@ def while_saving(step, operation):
 def writes(opening):
     """Whether an audited `open` (path, mode, flags) makes a file."""
     return isinstance(opening[0], str | Path) and bool(opening[2] & os.O_CREAT)
+
+
+def sending(number):
+    """What sends a signal to the process that calls it."""
+    return partial(signal.raise_signal, number)
+
+
+def raise_at(last, number, count):
+    """Send a signal if it is the `last` of what is counted."""
+    if count == last:
+        signal.raise_signal(number)
 
 
 def newest(run):

@@ -164,16 +164,16 @@ def full(part, size):
 
 def test_a_full_disk_is_one_line_and_nothing_half_written(tmp_path):
     """Wherever it is full: the run then goes on from the checkpoint before."""
-    words = prepare(tmp_path, steps=4, save_every=2, draw_every=3)
+    words = prepare(tmp_path, "classifier", steps=4, save_every=2, draw_every=3)
     assert run(tmp_path, [*words, "run=whole"])[0] == 0
     places = [
         ("config.yaml", 50, 0),
         ("metrics.jsonl", 250, 0),
         ("checkpoints/.partial-step_00000002/manifest", 100, 0),
-        ("export/vqgan/.model", 1000, 2),
+        ("export/.model", 1000, 2),
         ("samples/.step_00000003", 99, 2),
-        ("checkpoints/.partial-step_00000004/average", 30_000, 2),
-        ("checkpoints/.partial-step_00000004/optim-discriminator", 0, 2),
+        ("checkpoints/.partial-step_00000004/average", 1000, 2),
+        ("checkpoints/.partial-step_00000004/optim-classifier", 0, 2),
     ]
     for number, (place, size, step) in enumerate(places):
         folder = tmp_path / f"r{number}"

@@ -92,7 +92,10 @@ def test_own_pictures_with_classes_then_flat_and_resume(own, said, tmp_path):
     status, text = said(
         *arguments[:-2], f"run={tmp_path / 'w2'}", arguments[-1], f"init={run}/export"
     )
-    assert status == 2 and "do not fit" in text  # two classes there, none here
+    assert status == 0 and "of its 2 classes" in text, text  # and none here
+    arguments += [f"init={run}/export", "model.width=32", f"run={tmp_path / 'w3'}"]
+    status, text = said(*arguments)
+    assert status == 2 and "do not fit" in text
 
 
 def test_changed_data_with_the_bundled_tokenizer_is_warned_of(own, said, tmp_path):

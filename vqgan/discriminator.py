@@ -50,7 +50,8 @@ class Spectral(nn.Module):
                 for _ in range(8):
                     gram = gram / gram.norm().clamp_min(1e-12)
                     gram = gram @ gram
-                left = F.normalize(gram[gram.diagonal().argmax()], dim=0)  # (outputs,)
+                most = gram.diagonal().argmax()[None]  # an index that a GPU keeps to itself
+                left = F.normalize(gram.index_select(0, most)[0], dim=0)  # (outputs,)
                 right = F.normalize(matrix.T @ left, dim=0)  # (inputs,)
             return kernel / (left @ matrix @ right).clamp_min(1e-12)
 

@@ -1,5 +1,7 @@
 """Which device and which floating-point type to compute with."""
 
+import os
+import shutil
 from typing import TYPE_CHECKING
 
 from maskgit.common.errors import UserError, nearest, pick
@@ -68,3 +70,9 @@ def _has_bf16_units(device: "torch.device") -> bool:
             return torch.cuda.is_bf16_supported(including_emulation=False)
     abilities = cpu_abilities()
     return abilities["AMX"] or abilities["AVX512-BF16"]
+
+
+def can_compile(device: "torch.device") -> bool:
+    """Whether torch.compile has what it needs: for a processor, a C++ compiler."""
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    return device.type != "cpu" or any(shutil.which(name) for name in compilers)

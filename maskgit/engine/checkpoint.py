@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ def save(
     The older ones beyond the newest `keep` go only after the new one stands under its name; with
     `best` (min or max), so do all but the one of the best `score` that their `meta` tells.
     """
-    target = folder / f"step_{step:08d}"
+    target = folder / name_of(step)
     partial = folder / f"{PARTIAL}{target.name}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -141,9 +142,14 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def name_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
 def steps(folder: Path) -> list[Path]:
     """Checkpoint folders under their final names, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir())
+    found = (p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name))
+    return sorted(p for p in found if p.is_dir())
 
 
 def newest(folder: Path) -> tuple[State, dict[str, Any], list[str]] | None:
@@ -161,7 +167,9 @@ def newest(folder: Path) -> tuple[State, dict[str, Any], list[str]] | None:
             continue
         return state, manifest, skipped
     if steps(folder):
-        raise UserError(f"no complete checkpoint in {folder} ({'; '.join(skipped)}): start anew")
+        raise UserError(
+            f"no complete checkpoint in {folder} ({'; '.join(skipped)}): --restart begins anew"
+        )
     return None
 
 

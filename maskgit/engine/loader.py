@@ -129,7 +129,9 @@ def _leave_signals(worker: int) -> None:
     for the step that it finishes. A worker ends when its parent says so, or is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+    parent = multiprocessing.parent_process()  # not what forked it, which may be a server
+    owner = parent.pid if parent else os.getppid()
+    threading.Thread(target=_obey, args=(owner,), daemon=True).start()
 
 
 def _obey(parent: int) -> None:

@@ -18,6 +18,7 @@ from maskgit.common.device import pick_device, pick_dtype
 from maskgit.common.processes import gather_objects, on_main, rank, world
 from maskgit.common.progress import Advance, meter
 from maskgit.common.signals import Held, Interrupted, deadly, held
+from maskgit.engine import checkpoint
 from maskgit.engine.journal import Journal
 from maskgit.engine.state import Notes, State
 from maskgit.engine.task import Batch, Task, TrainConfig
@@ -69,9 +70,10 @@ def train(
             with pace:
                 batch = _next(stream, state, run, step, unheeded, stop)
                 unheeded.append(state.update(batch, step, late, bool(stop)))
-                # On a GPU the host is a step ahead, and waits for nothing but the step before.
-                ahead = accelerator.device.type == "cuda" and not todo
-                while len(unheeded) > ahead:
+                saved = time.monotonic() if late else saved  # it is asked for once
+                # On a GPU the host is a step ahead, and waits for nothing but the step before;
+                # unless something is to be done with what this one has made.
+                while len(unheeded) > (accelerator.device.type == "cuda" and not todo):
                     todo |= state.heed(unheeded.pop(0))
                 logged = state.logged() if "log" in todo else {}
             score = None
@@ -91,11 +93,11 @@ def train(
                 for warning in task.watch(done, logged):
                     log(f"warning: {warning}")
             better = state.is_best(run, score)
+            if better:  # before its checkpoint, so that no kill comes between for good
+                on_main(lambda: state.export(run / "best"))
             if better or todo & {"save", "stop"}:
                 state.save(run, done, score)
                 saved = time.monotonic()
-            if better:
-                on_main(lambda: state.export(run / "best"))
             if "draw" in todo:
                 on_main(partial(_draw, state, journal, done, batch, stop))
             advance(note=f"loss {last['loss']:.4f}" if "loss" in last else "")
@@ -174,7 +176,8 @@ def _next(
         with stop.ending() if world() == 1 else nullcontext():
             return next(stream)
     except (UserError, Interrupted) as error:
-        if world() == 1 and step > state.start:
+        stands = run / "checkpoints" / checkpoint.name_of(step)
+        if world() == 1 and step > state.start and not stands.exists():
             for notes in unheeded:
                 state.heed(notes)
             state.save(run, step)

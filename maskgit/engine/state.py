@@ -1,6 +1,5 @@
 """What a run has learnt so far, and one step of learning more."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -11,8 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
+from maskgit.common import UserError
+from maskgit.common.device import can_compile
 from maskgit.common.folder import PARTIAL
 from maskgit.common.processes import all_reduce, gather_objects, on_main, rank, stop_all, world
 from maskgit.engine import checkpoint
@@ -131,7 +133,7 @@ class State:
             last = place == len(computations)  # processes share their gradients then, all at once
             with nullcontext() if last else self.accelerator.no_sync(losses):
                 loss, weight, logs = losses(compute)
-                self.accelerator.backward(loss * weight)
+                (loss * weight).backward()
             total = total + weight + 0 * loss.detach()  # so that what is not finite is so in all
             finite &= loss.detach().isfinite()
             self.note(logs, weight)
@@ -241,6 +243,8 @@ class State:
         for what in on_main(lambda: checkpoint.clean(run)):
             log(f"removed {what}")
         found = checkpoint.newest(run / "checkpoints")
+        if len(seen := set(gather_objects(found and found[1]["step"]))) > 1:
+            stop_all(f"{run} holds other steps for each process ({seen}): put it on a shared disk")
         if found is None or found[1]["step"] < self.config.steps:
             on_main(lambda: checkpoint.check_space(run, self.size))
         if found is None:
@@ -284,15 +288,11 @@ def split(batch: Batch, size: int | None) -> list[Batch]:
 def recompute_blocks(module: nn.Module) -> None:
     """Activation checkpointing: the blocks in each list or sequence of a network keep nothing for
     the gradient but their input, and run again when it is computed (Chen et al. 2016)."""
+    if any(isinstance(m, _BatchNorm) for m in module.modules()):
+        raise UserError("train.activation_checkpointing does not go with a network of BatchNorm")
     blocks = isinstance(module, (nn.ModuleList, nn.Sequential))
     for child in module.children():
         if blocks and any(True for _ in child.children()):
             child.forward = partial(recompute, child.forward, use_reentrant=False)
         else:
             recompute_blocks(child)
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs: for a processor, a C++ compiler."""
-    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
-    return device.type != "cpu" or any(shutil.which(name) for name in compilers)
