@@ -170,7 +170,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(tmp_path):
         ("config.yaml", 50, 0),
         ("metrics.jsonl", 250, 0),
         ("checkpoints/.partial-step_00000002/manifest", 100, 0),
-        ("export/.model", 1000, 2),
+        ("export/classifier/.model", 1000, 2),
         ("samples/.step_00000003", 99, 2),
         ("checkpoints/.partial-step_00000004/average", 1000, 2),
         ("checkpoints/.partial-step_00000004/optim-classifier", 0, 2),

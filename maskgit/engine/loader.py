@@ -104,7 +104,10 @@ def _died(error: Exception) -> bool:
 
 def _how(processes: Iterable[multiprocessing.process.BaseProcess]) -> str:
     """How those processes ended that did: "SIGKILL", "exit status 3"."""
-    wait([process.sentinel for process in processes], timeout=5)  # it may be ending only now
+    ending = wait([process.sentinel for process in processes], timeout=5)
+    for process in processes:
+        if process.sentinel in ending:
+            process.join(timeout=5)  # its files are closed a moment before it has a status
     codes = sorted({process.exitcode or 0 for process in processes} - {0})
     ends = [signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes]
     return ", ".join(ends) or "exited"
