@@ -18,7 +18,8 @@ from maskgit.commands.train import CONFIGS
 from maskgit.engine import state
 from maskgit.engine.config import parse_overrides, read_yaml
 from maskgit.engine.ema import EMA
-from maskgit.engine.state import Losses, State
+from maskgit.engine.micro import Losses
+from maskgit.engine.state import State
 from maskgit.evaluation.report import table
 from maskgit.joins import start
 from maskgit.runs import resolve

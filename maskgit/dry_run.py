@@ -1,7 +1,6 @@
 """`maskgit train --dry-run`: builds a run, tries two of its steps, and tells what it takes."""
 
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,12 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit.common import UserError
 from maskgit.common.device import pick_device
-from maskgit.common.processes import on_main, rank, world
+from maskgit.common.folder import free_space
+from maskgit.common.processes import on_main, world
 from maskgit.common.progress import clock
 from maskgit.engine import checkpoint
 from maskgit.engine.data import SPLITS, ImageSet, open_images
@@ -25,7 +24,8 @@ from maskgit.engine.state import State
 from maskgit.engine.task import Batch, TrainConfig
 from maskgit.engine.tokenize import make_tokens
 from maskgit.engine.tokens import INDEX, is_cache
-from maskgit.joins import JOINS, check_config, check_size, check_writable
+from maskgit.joins import JOINS, check_size, said_once
+from maskgit.run_folder import check_config, check_writable
 from maskgit.runs import MaskGITRun
 from maskgit.tokenized import token_stamp
 from vqgan import VQGAN
@@ -63,20 +63,20 @@ def dry_run(run: Any, say: Say = print) -> None:
     tried, when all losses take part. Writes nothing into the run's folder. Raises UserError for
     what would stop the run at its start, and where a step needs more memory than the GPU has.
     """
-    folder, settings = Path(run.run), OmegaConf.to_container(OmegaConf.structured(run))
+    folder = Path(run.run)
     accelerator = make_accelerator(run.train)
-    say = _silent if rank() else say
+    say = said_once(say)
 
     def check() -> None:
         check_writable(folder)
-        check_config(folder, settings)
+        check_config(folder, run)
 
     on_main(check)
     torch.manual_seed(run.train.seed)
     with TemporaryDirectory(prefix="maskgit-dry-run-") as temporary:
         own = Path(temporary)
         tokens = few_tokens(run, own / "tokens", say) if run.task == "maskgit" else 0
-        task, stream, validation = JOINS[run.task](run, own, say)
+        task, stream, validation, _ = JOINS[run.task](run, own, say)
         for name, batches in validation.items():
             if next(iter(batches()), None) is None:
                 raise UserError(f"the {name} images of {run.data.path} cannot be used")
@@ -90,10 +90,6 @@ def dry_run(run: Any, say: Say = print) -> None:
     if (free := free_space(folder)) < disk.all(run.train):
         needed = size(disk.all(run.train))
         say(f"warning: {needed} are needed in {folder}, and {size(free)} are free")
-
-
-def _silent(line: str) -> None:
-    """What processes other than the main one have to say."""
 
 
 def few_tokens(run: MaskGITRun, folder: Path, say: Say) -> int:
@@ -208,12 +204,6 @@ def done(folder: Path) -> int:
     """The step of the newest checkpoint of a run, 0 for one that has none."""
     found = checkpoint.steps(folder / "checkpoints")
     return int(found[-1].name.removeprefix("step_")) if found else 0
-
-
-def free_space(folder: Path) -> int:
-    """Bytes free on the disk that a folder is on, or will be on."""
-    above = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-    return shutil.disk_usage(above).free
 
 
 def table(rows: Iterator[tuple[str, str]]) -> list[str]:

@@ -1,16 +1,13 @@
 """How a run is begun or gone on with, and how each kind joins its task with its data."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import yaml
 from omegaconf import OmegaConf
 
 from clip import CLIP
@@ -18,13 +15,13 @@ from clip.model import VisionTransformer
 from clip.task import CLIPTask
 from maskgit.common import UserError
 from maskgit.common.device import pick_device
-from maskgit.common.folder import LOCK, load_weights, locked, write_whole
+from maskgit.common.folder import load_weights, locked, write_whole
 from maskgit.common.processes import on_main, rank, telling_of_others, world
 from maskgit.common.signals import deadly, held
 from maskgit.engine.config import differences
 from maskgit.engine.data import ImageSet, batches, in_order, open_images
 from maskgit.engine.journal import check_trackers
-from maskgit.engine.loop import INTERVALS, make_accelerator, train
+from maskgit.engine.loop import make_accelerator, train
 from maskgit.engine.pairs import Pairs
 from maskgit.engine.task import Batch, Task
 from maskgit.engine.tokens import fixed_batches, token_batches
@@ -33,6 +30,7 @@ from maskgit.evaluation.classifier_task import ClassifierTask
 from maskgit.evaluation.prompts import class_texts
 from maskgit.model import MaskGIT
 from maskgit.resize import class_names, resized
+from maskgit.run_folder import begun, check_config, check_writable, holds_something, set_aside
 from maskgit.runs import ClassifierRun, CLIPRun, MaskGITRun, Run, VQGANRun
 from maskgit.task import MaskGITTask
 from maskgit.tokenized import token_sets
@@ -41,17 +39,16 @@ from vqgan.task import VQGANTask
 
 Say = Callable[[str], None]
 Sets = dict[str, Callable[[], Iterable[Batch]]]
-Joined = tuple[Task, Callable[[int], Iterator[Batch]], Sets]
-# What a run that goes on may change: not what it computes, but where, how fast and what it tells.
-FREE = {"run", "size", "data.workers", "data.max_broken", "sampling"}
-FREE |= {
-    f"train.{name}"
-    for name in (
-        *("steps", "device", "compile", "micro_batch", "activation_checkpointing"),
-        *("keep_last", "keep_best", "save_minutes", "trackers"),
-        *(f"{interval}_every" for interval in INTERVALS),
-    )
-}
+
+
+class Joined(NamedTuple):
+    """A task, its batches from a step on, the sets that it is validated on, and hashes of what it
+    learns from, which stay the same while a run goes on."""
+
+    task: Task
+    stream: Callable[[int], Iterator[Batch]]
+    validation: Sets
+    source: dict[str, str]
 
 
 def start(run: Any, restart: bool = False, say: Say = print) -> dict[str, float] | None:
@@ -61,11 +58,10 @@ def start(run: Any, restart: bool = False, say: Say = print) -> dict[str, float]
     """
     folder = Path(run.run)
     with deadly():
-        given = OmegaConf.structured(run)  # joining fills in what follows from data
-        settings, text = OmegaConf.to_container(given), OmegaConf.to_yaml(given)
+        text = OmegaConf.to_yaml(OmegaConf.structured(run))  # joining fills in what follows
         make_accelerator(run.train)  # raises now, if it cannot be had; and starts the processes
         check_trackers(run.train.trackers)
-    say = say if rank() == 0 else _silent
+    say = said_once(say)
     with ExitStack() as stack:
         if world() > 1:  # one that left at a signal would leave the others waiting
             stack.enter_context(held())
@@ -74,57 +70,20 @@ def start(run: Any, restart: bool = False, say: Say = print) -> dict[str, float]
         def enter() -> None:
             check_writable(folder)
             stack.enter_context(locked(folder))
-            if restart and any(path.name != LOCK for path in folder.iterdir()):
+            if restart and holds_something(folder):
                 say(f"the run before is now {set_aside(folder)}")
-            check_config(folder, settings)
+            check_config(folder, run)
 
         on_main(enter)
         torch.manual_seed(run.train.seed)
-        task, stream, validation = JOINS[run.task](run, folder, say)
+        task, stream, validation, source = JOINS[run.task](run, folder, say)
         on_main(lambda: write_whole(folder / "config.yaml", text.encode()))
-        return train(task, stream, validation, run.train, folder, say)
+        return train(task, stream, validation, run.train, folder, say, source)
 
 
-def _silent(line: str) -> None:
-    """What processes other than the main one have to say."""
-
-
-def check_writable(folder: Path) -> None:
-    """UserError for a run's folder that cannot be written."""
-    above = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to run={folder}: {above} is no folder that lets one")
-
-
-def set_aside(folder: Path) -> Path:
-    """Move all that a run's folder holds into a new one beside it; returns that."""
-    numbers = (folder.with_name(f"{folder.name}.{n}") for n in count(1))
-    aside = next(path for path in numbers if not path.exists())
-    aside.mkdir()
-    for path in folder.iterdir():
-        if path.name != LOCK:
-            path.rename(aside / path.name)
-    return aside
-
-
-def check_config(folder: Path, settings: Any) -> None:
-    """Refuse to go on with a run that other settings began."""
-    if not any((folder / "checkpoints").glob("step_*")):
-        return
-    try:
-        before = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
-        raise UserError(f"{folder} has checkpoints but no config.yaml: give run=ANOTHER") from None
-    changed = [
-        line
-        for line in differences(before, settings)
-        if not FREE & {(key := line.split(":")[0]), key.split(".")[0]}
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} holds a run with another config ({'; '.join(changed)}): give run=ANOTHER "
-            f"(and init={folder}/export to go on from its weights), or --restart to begin anew"
-        )
+def said_once(say: Say) -> Say:
+    """`say` in the main process, and nothing in others."""
+    return say if rank() == 0 else lambda line: None
 
 
 def vqgan_run(run: VQGANRun, folder: Path, say: Say) -> Joined:
@@ -133,8 +92,9 @@ def vqgan_run(run: VQGANRun, folder: Path, say: Say) -> Joined:
     model = VQGAN(run.model)
     check_size(run.data.size, run.model.factor)
     if run.init:
-        initialise(model, VQGAN.from_pretrained(run.init), run.init)
         run.loss.quantize_from = 0  # its codebook is part of what it starts from
+        if not begun(folder):
+            initialise(model, VQGAN.from_pretrained(run.init), run.init)
     elif run.loss.decoder_only:
         raise UserError("loss.decoder_only needs a tokenizer to start from: give init=FOLDER")
     if run.loss.quantize_from >= run.train.steps:
@@ -143,7 +103,8 @@ def vqgan_run(run: VQGANRun, folder: Path, say: Say) -> Joined:
             f"steps for the codebook: set it lower"
         )
     task = VQGANTask(model, run.loss, run.discriminator, min(run.data.size))
-    return task, image_stream(run, images), {"heldout": lambda: in_order(heldout, 64)}
+    sets: Sets = {"heldout": lambda: in_order(heldout, 64)}
+    return Joined(task, image_stream(run, images), sets, {"data": images.fingerprint})
 
 
 def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
@@ -161,7 +122,7 @@ def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
     run.model.grid = stamp.grid
     run.model.has_null_label = run.loss.label_dropout > 0
     model = MaskGIT(run.model)
-    if run.init:
+    if run.init and not begun(folder):
         source = MaskGIT.from_pretrained(run.init)
         source, said = resized(source, run.model, class_names(run.init), stamp.classes)
         initialise(model, source, run.init)
@@ -190,7 +151,8 @@ def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
 
     same = len(sets["heldout"])
     validation: Sets = {name: partial(fixed_batches, some, 64, same) for name, some in sets.items()}
-    return task, stream, validation
+    hashes = {"data": stamp.data, "tokenizer": stamp.tokenizer, "crops": str(stamp.crops)}
+    return Joined(task, stream, validation, hashes)
 
 
 def classifier_run(run: ClassifierRun, folder: Path, say: Say) -> Joined:
@@ -200,20 +162,21 @@ def classifier_run(run: ClassifierRun, folder: Path, say: Say) -> Joined:
         raise UserError(f"{run.data.path} has no classes: put the images of each into a folder")
     run.model.num_classes = len(images.classes)
     model = Classifier(run.model)
-    if run.init:
+    if run.init and not begun(folder):
         initialise(model, Classifier.from_pretrained(run.init), run.init)
     task = ClassifierTask(model, run.loss, images.classes)
-    return task, image_stream(run, images), {"heldout": lambda: in_order(heldout, 64)}
+    sets: Sets = {"heldout": lambda: in_order(heldout, 64)}
+    return Joined(task, image_stream(run, images), sets, {"data": images.fingerprint})
 
 
 def clip_run(run: CLIPRun, folder: Path, say: Say) -> Joined:
     """CLIP's task, its batches of images with a caption each, and held-out pairs."""
     images, heldout = open_images(run.data), open_images(run.data, "heldout")
     model = CLIP(run.model)
-    if run.init:
-        start_clip(model, CLIP.from_pretrained(run.init), run.init, run.loss.locked)
-    elif run.loss.locked:
+    if run.loss.locked and not run.init:
         raise UserError("loss.locked needs a tower worth keeping: give init=FOLDER")
+    if run.init and not begun(folder):
+        start_clip(model, CLIP.from_pretrained(run.init), run.init, run.loss.locked)
     if run.train.batch_size < 2 and run.model.loss == "infonce":
         raise UserError("train.batch_size=1 has nothing to contrast: take 2 or more")
     if run.loss.locked == "image" and (run.data.mirror or run.data.crop != "center"):
@@ -233,10 +196,11 @@ def clip_run(run: CLIPRun, folder: Path, say: Say) -> Joined:
     say(f"{len(images):,} images, {len(pairs.texts):,} different captions, {cut:,} of them cut")
     stream = image_stream(run, images)
     task = CLIPTask(model, run.loss, images.classes, class_texts(images.classes))
-    return (
+    return Joined(
         task,
         lambda step: pairs.drawn(stream(step)),
         {"heldout": lambda: others.first(in_order(heldout, 64))},
+        {"data": images.fingerprint, "captions": pairs.fingerprint},
     )
 
 

@@ -1,6 +1,7 @@
 """What several test files share: running the command, and an installation outside the tree."""
 
 import os
+import signal
 import site
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: one thread a worker
 
 import pytest
+
+# Where Ctrl-C is ignored, as in what a shell starts in the background, what this starts would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD = ROOT / "maskgit" / "assets" / "emoji" / "data" / "emoji-heldout.tar"

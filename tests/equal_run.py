@@ -113,7 +113,7 @@ def train(run: Any, dtype: torch.dtype, steps: int, folder: Path) -> tuple[dict,
     """What was learnt, by name, and what was logged at each step."""
     accelerator = make_accelerator(run.train)
     torch.manual_seed(run.train.seed)
-    task, stream, _ = JOINS[run.task](run, folder, lambda line: None)
+    task, stream, *_ = JOINS[run.task](run, folder, lambda line: None)
     for part in task.parts.values():
         part.to(dtype)
     state = State(task, run.train, accelerator, print)

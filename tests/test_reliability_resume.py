@@ -131,6 +131,43 @@ def test_restart_moves_the_old_run_aside_and_init_goes_on_from_its_weights(tmp_p
     assert all((after[name] - before[name]).abs().max() < 1e-9 for name in before)
 
 
+def test_what_is_learnt_from_is_known_by_its_content(tmp_path):
+    command = [*prepare(tmp_path, "maskgit", steps=2), "run=own"]
+    assert run(tmp_path, command)[0] == 0
+    (tmp_path / "photos").rename(tmp_path / "pictures")
+    (tmp_path / "vq").rename(tmp_path / "codes")
+    moved = [f"data.path={tmp_path / 'pictures'}", f"tokenizer={tmp_path / 'codes'}"]
+    status, out, err = run(tmp_path, [*command, *moved, "train.steps=3"])
+    assert status == 0 and "resuming own at step 2" in out, err
+    more = tmp_path / "pictures" / "left" / "another.png"
+    more.write_bytes(next((tmp_path / "pictures").rglob("*.png")).read_bytes())
+    (tmp_path / "own" / "tokens").rename(tmp_path / "old")
+    status, _, err = run(tmp_path, [*command, *moved, "train.steps=4"])
+    assert status == 2 and "begun with other data than" in err.splitlines()[-1]
+    assert "--restart" in err and newest(tmp_path / "own")[0] == 3
+
+
+def test_a_setting_that_there_was_none_of_yet_had_its_default(tmp_path):
+    command = [*prepare(tmp_path, "classifier", steps=2), "run=own"]
+    assert run(tmp_path, command)[0] == 0
+    file = tmp_path / "own" / "config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    del settings["train"]["eps"]
+    file.write_text(yaml.safe_dump(settings))
+    status, _, err = run(tmp_path, [*command, "train.steps=3", "train.eps=1e-3"])
+    assert status == 2 and "train.eps: 1e-08, now 0.001" in err
+    assert run(tmp_path, [*command, "train.steps=3"])[0] == 0
+
+
+def test_what_a_run_started_from_need_not_stay(tmp_path):
+    command = prepare(tmp_path, "classifier", steps=2)
+    assert run(tmp_path, [*command, "run=first"])[0] == 0
+    command += ["run=own", "init=first/export"]
+    assert run(tmp_path, command)[0] == 0
+    (tmp_path / "first").rename(tmp_path / "gone")
+    assert run(tmp_path, [*command, "train.steps=3"])[0] == 0
+
+
 # Two runs on one folder.
 
 

@@ -43,6 +43,18 @@ def tokenized(command, tmp_path):
     return tmp_path / "tokens"
 
 
+def test_two_on_one_folder_are_one_too_many(command, tmp_path, capsys):
+    holder = "import sys, time; from pathlib import Path; from maskgit.common.folder import locked"
+    holder += "\nwith locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    words = [sys.executable, "-c", holder, tmp_path / "tokens"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        assert main(command) == 2
+        assert f"in use by another process ({other.pid})" in capsys.readouterr().err
+        other.kill()
+    assert main(command) == 0
+
+
 # Training from it.
 
 

@@ -1,6 +1,7 @@
 """`maskgit tokenize`: a set of images as tokens, encoded once, to train transformers from."""
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from maskgit.commands.evaluate.options import say
     from maskgit.common.device import pick_device
+    from maskgit.common.folder import locked
     from maskgit.engine.tokenize import check_stamp, make_tokens
     from maskgit.evaluation.processes import Processes
     from maskgit.tokenized import token_stamp
@@ -89,20 +91,22 @@ def run(args: argparse.Namespace) -> None:
         check_stamp(args.out / split, stamp)
         shape = " x ".join(map(str, (stamp.variants, *stamp.grid)))
         say(split, f"{len(images):,} images of {shape} tokens (variants, rows, columns)")
-    for split, images in sets.items():
-        complete = make_tokens(
-            args.out / split,
-            stamps[split],
-            images,
-            tokenizer.encode,
-            device,
-            args.batch_size,
-            processes.index,
-            processes.count,
-        )
-        left = f"; {len(images.broken):,} unusable images left out" if images.broken else ""
-        what = "complete" if complete else "waits for the shards of the other processes"
-        say(split, what + left)
+    alone = processes.count == 1  # several that a launcher started share the work, others do not
+    with locked(args.out) if alone else nullcontext():
+        for split, images in sets.items():
+            complete = make_tokens(
+                args.out / split,
+                stamps[split],
+                images,
+                tokenizer.encode,
+                device,
+                args.batch_size,
+                processes.index,
+                processes.count,
+            )
+            left = f"; {len(images.broken):,} unusable images left out" if images.broken else ""
+            what = "complete" if complete else "waits for the shards of the other processes"
+            say(split, what + left)
     if processes.first:
         print(args.out)
 

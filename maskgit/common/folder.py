@@ -1,11 +1,13 @@
 """Models on disk: a folder with `config.json` and `model.safetensors`, found by path or by name."""
 
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,6 +147,20 @@ def locked(folder: Path) -> Iterator[None]:
             if [path.name for path in folder.iterdir()] == [LOCK]:
                 (folder / LOCK).unlink()
                 folder.rmdir()
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free on the disk that a folder is on, or will be on."""
+    above = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    return shutil.disk_usage(above).free
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """OSError where the disk of `folder` has fewer bytes left than are `needed`. what: for what,
+    with a verb."""
+    if (free := free_space(folder)) < needed:
+        reason = f"{what} {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+        raise OSError(errno.ENOSPC, reason, str(folder))
 
 
 def file_hash(path: Path) -> str:

@@ -1,6 +1,5 @@
 """Checkpoints that are complete or not there: written aside, synced, hashed, then renamed."""
 
-import errno
 import hashlib
 import json
 import os
@@ -105,14 +104,6 @@ def clean(run: Path) -> list[str]:
         f"{path}: " + ("half deleted" if path.name.startswith(REMOVED) else "never completed")
         for path in folders + files
     ]
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """OSError where the disk of `folder` has less than `needed` bytes left."""
-    above = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-    if (free := shutil.disk_usage(above).free) < needed:
-        reason = f"a checkpoint takes {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
-        raise OSError(errno.ENOSPC, reason, str(folder))
 
 
 def scores(folder: Path) -> dict[Path, float]:

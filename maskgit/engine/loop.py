@@ -19,6 +19,7 @@ from maskgit.common.processes import gather_objects, on_main, rank, world
 from maskgit.common.progress import Advance, meter
 from maskgit.common.signals import Held, Interrupted, deadly, held
 from maskgit.engine import checkpoint
+from maskgit.engine.data import share_of
 from maskgit.engine.journal import Journal
 from maskgit.engine.state import Notes, State
 from maskgit.engine.task import Batch, Task, TrainConfig
@@ -44,17 +45,19 @@ def train(
     config: TrainConfig,
     run: Path,
     log: Callable[[str], None] = print,
+    source: dict[str, str] | None = None,
 ) -> dict[str, float] | None:
     """Train up to `config.steps`, from the newest complete checkpoint of the folder `run` if any.
 
     `batches(step)` gives this process's share of the batches from that step on; `validation` names
-    sets, each a function that gives the same batches at each call. Writes `metrics.jsonl`,
+    sets, each a function that gives the same batches at each call; `source` has hashes of what is
+    learnt from, and a run that was begun with others is refused. Writes `metrics.jsonl`,
     `samples/`, `checkpoints/`, what trackers write and, at each save, `export/`. Returns the last
     metrics, or None if the run had finished before. Raises Stopped after a signal, once all is
     saved. All processes call it; the main one validates, draws, writes and tells.
     """
     accelerator = make_accelerator(config)
-    state = State(task, config, accelerator, log)
+    state = State(task, config, accelerator, log, source)
     start = state.resume(run, log)
     if start >= config.steps:
         on_main(lambda: state.export(run / "export"))  # a kill may have come before it
@@ -123,12 +126,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-    share, rest = divmod(config.batch_size, world())
-    if rest:
-        raise UserError(
-            f"train.batch_size={config.batch_size} cannot be shared evenly by {world()} processes: "
-            f"give a multiple of {world()}"
-        )
+    share = share_of(config.batch_size, world())
     if config.micro_batch and share % min(share, config.micro_batch):
         raise UserError(
             f"train.micro_batch={config.micro_batch} does not divide the {share} images of a step "

@@ -51,6 +51,11 @@ class Pairs:
         }
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of the captions of each image."""
+        return hashlib.sha256(repr(self.captions).encode()).hexdigest()
+
+    @property
     def texts(self) -> list[str]:
         """All captions, each once."""
         return list(dict.fromkeys(text for own in self.captions for text in own))

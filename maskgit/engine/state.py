@@ -3,22 +3,19 @@
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint as recompute
+from torch import Tensor
 
-from maskgit.common import UserError
 from maskgit.common.device import can_compile
-from maskgit.common.folder import PARTIAL
+from maskgit.common.folder import PARTIAL, check_space
 from maskgit.common.processes import all_reduce, gather_objects, on_main, rank, stop_all, world
 from maskgit.engine import checkpoint
 from maskgit.engine.ema import EMA
+from maskgit.engine.micro import Losses, recompute_blocks, split
 from maskgit.engine.optim import decay_groups, rescale, warmup_cosine
 from maskgit.engine.task import Batch, Logs, Loss, Task, TrainConfig
 
@@ -44,8 +41,15 @@ class State:
     """Everything that a checkpoint holds: parts, their optimizers, the average."""
 
     def __init__(
-        self, task: Task, config: TrainConfig, accelerator: Accelerator, log: Callable[[str], None]
+        self,
+        task: Task,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        log: Callable[[str], None],
+        source: dict[str, str] | None = None,
     ) -> None:
+        """source: hashes of what is learnt from, to be the same when a run goes on."""
+        self.source = source or {}
         self.task, self.config, self.accelerator = task, config, accelerator
         for part in task.parts.values():
             part.to(accelerator.device).train()
@@ -205,10 +209,10 @@ class State:
     def save(self, run: Path, step: int, score: float | None = None) -> None:
         """Called in all processes; the main one writes. score: on held-out data, for keep_best."""
 
-        meta = {"processes": world(), "score": score}
+        meta = {"processes": world(), "score": score, "source": self.source}
 
         def write() -> None:
-            checkpoint.check_space(run, self.size)
+            check_space(run, self.size, "a checkpoint takes")
             state = {name: part.state_dict() for name, part in self.task.parts.items()}
             state |= {f"optim-{k}": checkpoint.flatten(o) for k, o in self.optimizers.items()}
             state["average"] = self.ema.module.state_dict()
@@ -246,53 +250,25 @@ class State:
         if len(seen := set(gather_objects(found and found[1]["step"]))) > 1:
             stop_all(f"{run} holds other steps for each process ({seen}): put it on a shared disk")
         if found is None or found[1]["step"] < self.config.steps:
-            on_main(lambda: checkpoint.check_space(run, self.size))
+            on_main(lambda: check_space(run, self.size, "a checkpoint takes"))
         if found is None:
             return 0
         state, manifest, skipped = found
         for why in skipped:
             log(f"checkpoint skipped: {why}")
+        before = manifest.get("source", {})
+        if other := [name for name in before if before[name] != self.source.get(name)]:
+            stop_all(
+                f"{run} was begun with other {' and '.join(other)} than are there now: put back "
+                f"what it learnt from, give run=ANOTHER, or --restart to begin anew"
+            )
         for name, part in self.task.parts.items():
             part.load_state_dict(state[name])
         for name, optimizer in self.optimizers.items():
             checkpoint.unflatten(optimizer, state.get(f"optim-{name}", {}))
         self.ema.module.load_state_dict(state["average"])
         log(f"resuming {run} at step {manifest['step']}")
-        if (before := manifest.get("processes", 1)) != world():
-            log(f"{before} processes before, {world()} now: the same samples in the same order")
+        if (others := manifest.get("processes", 1)) != world():
+            log(f"{others} processes before, {world()} now: the same samples in the same order")
         self.start = manifest["step"]
         return self.start
-
-
-class Losses(nn.Module):
-    """What data-parallel training wraps of a part: the computation of its losses as a whole, so
-    that a task may call its networks as often as it likes, and another part's beside."""
-
-    def __init__(self, part: nn.Module) -> None:
-        super().__init__()
-        self.part = part
-
-    def forward(self, compute: Callable[[], Loss]) -> Loss:
-        return compute()
-
-
-def split(batch: Batch, size: int | None) -> list[Batch]:
-    """A batch as batches of at most `size` samples."""
-    if size is None:
-        return [batch]
-    parts = {key: value.split(size) for key, value in batch.items()}
-    count = len(next(iter(parts.values())))
-    return [{key: value[i] for key, value in parts.items()} for i in range(count)]
-
-
-def recompute_blocks(module: nn.Module) -> None:
-    """Activation checkpointing: the blocks in each list or sequence of a network keep nothing for
-    the gradient but their input, and run again when it is computed (Chen et al. 2016)."""
-    if any(isinstance(m, _BatchNorm) for m in module.modules()):
-        raise UserError("train.activation_checkpointing does not go with a network of BatchNorm")
-    blocks = isinstance(module, (nn.ModuleList, nn.Sequential))
-    for child in module.children():
-        if blocks and any(True for _ in child.children()):
-            child.forward = partial(recompute, child.forward, use_reentrant=False)
-        else:
-            recompute_blocks(child)

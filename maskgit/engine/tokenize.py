@@ -4,11 +4,9 @@ A shard is a function of the cache's stamp and of its own number. It has its nam
 whole, and its hash in itself: so each process can tell which of its shards there are already.
 """
 
-import errno
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
@@ -22,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maskgit.common import RunError, UserError
-from maskgit.common.folder import read_json, replacing, unfinished
+from maskgit.common.folder import check_space, read_json, replacing, unfinished
 from maskgit.common.processes import rank, world
 from maskgit.common.progress import Advance, meter
 from maskgit.common.signals import Interrupted, held
@@ -106,7 +104,7 @@ def make_tokens(
     total = sum(len(stamp.rows(k)) for k in mine)
     if missing:
         lacking = sum(len(stamp.rows(k)) for k in missing)
-        _check_space(folder, stamp.nbytes * lacking // stamp.images)
+        check_space(folder, stamp.nbytes * lacking // stamp.images, "the tokens take")
         with (
             meter(total, "tokenizing", "images", done=done) as advance,
             closing(_encoded(views, missing, encode, device, batch_size, advance)) as shards,
@@ -246,12 +244,6 @@ def _clean(folder: Path, process: int, processes: int) -> None:
         if (int(shard[1]) if shard else 0) % processes == process:
             log.warning("removed %s, which a run that was killed had not completed", path)
             path.unlink(missing_ok=True)
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    if (free := shutil.disk_usage(folder).free) < needed:
-        reason = f"the tokens take {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
-        raise OSError(errno.ENOSPC, reason, str(folder))
 
 
 def _finish(folder: Path, stamp: Stamp, images: ImageSet) -> bool:

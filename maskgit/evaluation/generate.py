@@ -6,7 +6,6 @@ number of processes makes the same set.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from maskgit.common import UserError
-from maskgit.common.folder import read_json, write_json, write_whole
+from maskgit.common.folder import free_space, read_json, write_json, write_whole
 from maskgit.common.progress import meter
 from maskgit.engine.config import differences
 from maskgit.evaluation.protocol import apportion
@@ -87,8 +86,7 @@ def check_plan(folder: Path, plan: dict[str, Any]) -> None:
 
 def check_disk(folder: Path, needed: int) -> None:
     """UserError where the disk has less than `needed` bytes left."""
-    above = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-    if shutil.disk_usage(above).free < needed:
+    if free_space(folder) < needed:
         raise UserError(f"{folder} may need {needed / 1e6:,.0f} MB, and the disk has less")
 
 
