@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 
@@ -12,14 +11,12 @@ from conftest import ROOT, one_line
 from safetensors.torch import save
 from tiny_clip import tiny_clip
 from tiny_published import (
-    draw,
     flax_bytes,
     halton_transformer,
-    listed,
     llamagen_tokenizer,
-    narrow,
     official_tokenizer,
     official_transformer,
+    put,
     stacked_bytes,
     taming_tokenizer,
     tar_bytes,
@@ -29,22 +26,13 @@ from clip import CLIP
 from clip.recipes import Recipe, recipes
 from maskgit import MaskGIT, Pipeline
 from maskgit.common import UserError
-from maskgit.common.folder import file_hash, write_tensors
-from maskgit.common.published import file_format, read_tensors
+from maskgit.common.folder import file_hash
 from maskgit.importing import check_together, imagenet, import_files, recognise
 from vqgan import VQGAN
 
 
 def silent(line):
     """What an import says, where a test does not ask."""
-
-
-def put(path, content):
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -66,104 +54,6 @@ def files(tmp_path_factory):
 
 def written(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
-
-
-# ---------------------------------------------------------------- formats
-
-
-TENSORS = {"a.weight": torch.randn(4, 6), "b.bias": torch.arange(5)}
-FORMATS = {
-    "safetensors": save(TENSORS),
-    "stacked": stacked_bytes({"state_dict": TENSORS}),
-    "tar": tar_bytes(TENSORS),
-    "flax": flax_bytes(TENSORS),
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_each_format_by_its_content(tmp_path, name):
-    path = tmp_path / "model.bin"
-    put(path, FORMATS[name])
-    assert file_format(path) == {"stacked": "torch", "tar": "torch"}.get(name, name)
-    found = read_tensors(path)
-    assert found.keys() == TENSORS.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in TENSORS.items())
-
-
-def other(value):
-    return {name: torch.full_like(tensor, value) for name, tensor in TENSORS.items()}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"ema": TENSORS, "model": other(1), "state_dict": other(2)},
-        {"model": TENSORS, "state_dict": other(2), "optimizer": {"state": {0: other(3)}}},
-        {"ema": 0.999, "state_dict": TENSORS, "model_state_dict": other(2)},
-        {"ema": {}, "model_state_dict": TENSORS, "args": {"model": "small"}},
-        {"state_dict": {"model": {f"module._orig_mod.{k}": v for k, v in TENSORS.items()}}},
-        {f"_orig_mod.module.{name}": tensor for name, tensor in TENSORS.items()},
-    ],
-)
-def test_weights_in_a_training_checkpoint(tmp_path, content):
-    found = read_tensors(put(tmp_path / "a.pt", content))
-    assert found.keys() == TENSORS.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in TENSORS.items())
-
-
-def test_files_that_hold_no_weights(tmp_path):
-    cases = [
-        (b"", "no format known"),
-        (b"GIF89a" + bytes(600), "no format known"),
-        (b"\x80", "damaged"),
-        (b"PK\x03\x04", "truncated"),
-        ([1, 2], "holds a list"),
-        ({"epoch": 3}, "holds no tensors"),
-        ({"a": torch.ones(1), "module.a": torch.ones(1)}, "two tensors a"),
-        ({"a\nb": torch.ones(1)}, "no text"),
-        (save({}), "holds no tensors"),
-        (save(TENSORS)[:-1], "truncated"),
-    ]
-    for content, part in cases:
-        with pytest.raises(UserError) as error:
-            read_tensors(put(tmp_path / "a.bin", content))
-        one_line(error, "a.bin", part)
-    with pytest.raises(UserError) as error:
-        read_tensors(tmp_path / "nowhere")
-    one_line(error, "nowhere")
-    with pytest.raises(UserError) as error:
-        read_tensors(tmp_path)
-    one_line(error, tmp_path)
-
-
-@pytest.mark.parametrize("name", [*FORMATS, "zip"])
-def test_cut_and_flipped_files_of_each_format(tmp_path, name):
-    if name == "zip":
-        torch.save({"state_dict": TENSORS}, tmp_path / "good")
-    right = FORMATS[name] if name in FORMATS else (tmp_path / "good").read_bytes()
-    generator, refused = random.Random(2), 0
-    for turn in range(200):
-        changed = bytearray(right)
-        if turn % 2:
-            del changed[generator.randrange(len(changed)) :]
-        else:
-            changed[generator.randrange(len(changed))] ^= 1 << generator.randrange(8)
-        try:
-            read_tensors(put(tmp_path / "a.bin", bytes(changed)))
-        except UserError as error:
-            refused += 1
-            assert "\n" not in str(error) and "a.bin" in str(error)
-    assert refused > 20
-
-
-def test_what_is_written_is_what_the_library_writes(tmp_path):
-    kinds = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "int8", "bool")
-    content = {f"{kind} ä": torch.arange(7).to(getattr(torch, kind)) for kind in kinds}
-    content |= {"turned": torch.randn(3, 4).T.contiguous(), "b": torch.tensor(1.5)}
-    content |= {"none": torch.empty(0, 2)}
-    for metadata in (None, {"format": "pt"}):
-        write_tensors(tmp_path / "a", content, metadata)
-        assert (tmp_path / "a").read_bytes() == save(content, metadata)
 
 
 # ---------------------------------------------------------------- folders
@@ -367,59 +257,3 @@ def test_the_names_of_imagenet():
     names = imagenet()
     assert len(set(names)) == 1000
     assert [names[i] for i in (1, 282, 404)] == ["goldfish", "tiger cat", "airliner"]
-
-
-# ---------------------------------------------------------------- memory
-
-MEASURE = """
-import pathlib, sys, time
-from maskgit.importing import import_files
-def status(name):
-    text = pathlib.Path("/proc/self/status").read_text()
-    return int(text.split(name + ":")[1].split()[0]) * 1024
-import_files([sys.argv[1]], sys.argv[2] + "/warm", say=str)  # what is imported when first needed
-pathlib.Path("/proc/self/clear_refs").write_text("5")
-before, start = status("VmRSS"), time.perf_counter()
-import_files([sys.argv[3]], sys.argv[2] + "/dest", *map(int, sys.argv[4:]), say=str)
-print(status("VmHWM") - before, time.perf_counter() - start)
-"""
-
-
-def memory(tmp_path, warm, file, *heads):
-    """Bytes and seconds that an import takes, in a process of its own."""
-    command = [sys.executable, "-c", MEASURE, warm, tmp_path, file, *heads]
-    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    bytes_taken, seconds = done.stdout.split()
-    return int(bytes_taken), float(seconds)
-
-
-@pytest.mark.parametrize("kind", ["zip", "stacked", "flax", "safetensors"])
-def test_memory_is_under_three_times_the_file(files, tmp_path, kind):
-    if kind == "flax":
-        content = flax_bytes(draw(narrow(listed("maskgit_flax_to_port.txt"), 2)))
-    else:
-        tensors = draw(narrow(listed("taming_f16_16384.txt"), 2))
-        content = {"stacked": stacked_bytes, "safetensors": save}.get(kind, dict)(tensors)
-    file = tmp_path / "model"
-    put(file, content)
-    taken, _ = memory(tmp_path, files["last.ckpt"], file)
-    assert taken < 3 * file.stat().st_size
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["zip", "flax"])
-def test_a_file_of_a_gigabyte(files, tmp_path, kind, capsys):
-    file = tmp_path / "model"
-    if kind == "zip":
-        tensors = halton_transformer(side=24, width=1536, depth=12)
-        put(file, {"model_state_dict": tensors})
-        del tensors
-        taken, seconds = memory(tmp_path, files["last.ckpt"], file, 16)
-    else:
-        put(file, flax_bytes(official_transformer(side=16, width=1152, heads=16, depth=16)))
-        taken, seconds = memory(tmp_path, files["last.ckpt"], file)
-    size = file.stat().st_size
-    with capsys.disabled():
-        print(f"\n{kind}: {size / 1e9:.2f} GB, {taken / size:.2f} times that, {seconds:.0f} s")
-    assert taken < 3 * size

@@ -175,3 +175,11 @@ def tar_bytes(tensors, more=()):
             info.size = len(part.getvalue())
             tar.addfile(info, io.BytesIO(part.getvalue()))
     return file.getvalue()
+
+
+def put(path, content):
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    return str(path)
