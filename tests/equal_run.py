@@ -143,7 +143,8 @@ def weights(module: torch.nn.Module) -> torch.Tensor:
 def main(data: str, tokenizer: str, out: Path, names: list[str]) -> None:
     for name in names:
         for micro in (1, 2, 4) if world() == 1 else (1, 2):
-            for dtype, steps in ((torch.float64, STEPS), (torch.float32, 3)):
+            short = 3 if RUNS[name]["task"] == "vqgan" else STEPS
+            for dtype, steps in ((torch.float64, STEPS), (torch.float32, short)):
                 run = prepared(name, data, tokenizer, micro)
                 # Its tokens are made once.
                 found, logs = train(run, dtype, steps, out / f"{name}-{world()}")

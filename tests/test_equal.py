@@ -1,8 +1,9 @@
 """Processes and micro-batches are a matter of speed: what a run learns is the same.
 
 In float64, in which rounding has 1e-16 to play with, the weights of every step are compared; in
-fp32 the first gradients and the losses. One run of each task stands for its losses, with
-everything on that could see how a batch is shared out: see `RUNS` in equal_run.py.
+fp32 the first gradients and the losses: of all steps, of tokenizers the first three. One run of
+each task stands for its losses, with everything on that could see how a batch is shared out: see
+`RUNS` in equal_run.py.
 """
 
 import json
@@ -87,11 +88,15 @@ def trained(tmp_path_factory):
 
 def compare_logs(one, other, besides, first, later):
     """first, later: how far, relative to what they are, values of the first step and of later ones
-    may be from each other."""
+    may be from each other. What the loss is above chance counts as a part of the loss."""
     for step, (a, b) in enumerate(zip(one, other, strict=True)):
         assert a.keys() == b.keys() and "loss" in a
         for key in a.keys() - besides:
-            near = pytest.approx(a[key], rel=later if step else first, abs=1e-12)
+            whole, relative = (
+                "loss" if key == "loss_above_chance" else key,
+                later if step else first,
+            )
+            near = pytest.approx(a[key], rel=0, abs=max(1e-12, relative * abs(a[whole])))
             assert b[key] == near, (step, key)
 
 
@@ -129,8 +134,11 @@ def test_in_fp32_the_first_gradients_and_all_losses_are_the_same(trained, name):
             # A bias in front of a norm has no gradient: what is there is the others' rounding.
             scale = tensor.norm() + 1e-2 * norms[key.split("/")[1]] ** 0.5
             assert (other[key] - tensor).norm() <= 1e-5 * scale, (which, key)
-        # Later, Adam has divided what is hardly a gradient by its size, its rounding with it.
-        compare_logs(logs, its_logs, own(name, which[0]), 1e-5, 1e-4)
+        # Later, Adam has divided what is hardly a gradient by its size, its rounding with it; a
+        # tokenizer then finds another code for a latent that lies between two.
+        tokenizer = RUNS[name]["task"] == "vqgan"
+        assert len(logs) == (3 if tokenizer else STEPS)
+        compare_logs(logs, its_logs, own(name, which[0]), 1e-5, 1e-4 if tokenizer else 1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
