@@ -28,7 +28,7 @@ WARM = 10  # steps that are not counted
 STAGES: dict[str, tuple[Any, str]] = {
     "forward": (Losses, "forward"),
     "backward": (torch.Tensor, "backward"),
-    "clipping": (state, "rescale"),
+    "clipping": (state, "clipped"),
     "optimizer": (torch.optim.AdamW, "step"),
     "average": (EMA, "update"),
 }

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -17,14 +16,13 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     ]
 
 
-def rescale(gradients: list[Tensor], scale: Tensor, most: float) -> Tensor:
-    """Multiply gradients by `scale`, and by less where their norm would then be above `most`;
-    returns that norm. In place, and without waiting for the device."""
+def clipped(gradients: list[Tensor], scale: Tensor, most: float) -> tuple[Tensor, Tensor]:
+    """The norm that gradients have when multiplied by `scale`, and what to multiply them by
+    instead, so that their norm is at most `most`. Without waiting for the device."""
     norm = nn.utils.get_total_norm(gradients)
     scale = scale.to(norm.dtype)
     norm = norm * scale
-    torch._foreach_mul_(gradients, scale * (most / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return norm, scale * (most / (norm + 1e-6)).clamp(max=1.0)
 
 
 def warmup_cosine(step: int, warmup: int, steps: int, final: float = 0.0) -> float:

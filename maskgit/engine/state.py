@@ -16,7 +16,7 @@ from maskgit.common.processes import all_reduce, gather_objects, on_main, rank, 
 from maskgit.engine import checkpoint
 from maskgit.engine.ema import EMA
 from maskgit.engine.micro import Losses, recompute_blocks, split
-from maskgit.engine.optim import decay_groups, rescale, warmup_cosine
+from maskgit.engine.optim import clipped, decay_groups, warmup_cosine
 from maskgit.engine.task import Batch, Logs, Loss, Task, TrainConfig
 
 
@@ -145,7 +145,9 @@ class State:
         scale = world() / all_reduce(total)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = rescale(gradients, scale, self.config.clip)
+        norm, factor = clipped(gradients, scale, self.config.clip)
+        # The optimizer's own pass over the gradients divides them; what it divides by is fp32.
+        optimizer.grad_scale = factor.reciprocal().float()  # type: ignore[attr-defined]
         optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
