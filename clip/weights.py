@@ -28,6 +28,7 @@ from maskgit.common.folder import (
     load_weights,
     read_json,
 )
+from maskgit.common.hub import failures, hub_id, hub_reason
 from maskgit.common.pickles import Record, flatten, read_torch
 
 # What a published folder has: its config and the weights beside it, the first that is there.
@@ -87,10 +88,11 @@ def _find(name: str, revision: str | None) -> Path:
     """The folder of `name`. From the hub, with a .bin where there are no safetensors."""
     if Path(name).suffix in SUFFIXES:
         raise UserError(f"there is no file {name}: give its path as it is seen from here")
+    hub = None if Path(name).expanduser().is_dir() else hub_id(name, revision)
     try:
         folder = find(name, revision)
     except UserError as error:
-        if not _on_hub(name):
+        if not hub:
             raise
         reason = str(error).partition("(")[2].partition("): fetch")[0]
         hint = nearest(name, recipes())
@@ -102,24 +104,18 @@ def _find(name: str, revision: str | None) -> Path:
     weights = any(
         (folder / file).is_file() for _, files in (OPENCLIP, HUGGINGFACE) for file in files
     )
-    if _on_hub(name) and not weights and not (folder / "clip").is_dir():
+    if hub and not weights and not (folder / "clip").is_dir():
         from huggingface_hub import hf_hub_download
 
         config, files = OPENCLIP if (folder / OPENCLIP[0]).is_file() else HUGGINGFACE
         try:
-            hf_hub_download(name, files[-1], revision=revision)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            hf_hub_download(hub[0], files[-1], revision=hub[1])
+        except failures() as error:
             raise UserError(
-                f"{name} on the hub gave {config}, and not {files[-1]} ({reason}): put both into "
-                "one folder and pass its path"
+                f"{name} on the hub gave {config}, and not {files[-1]} ({hub_reason(error)}): put "
+                "both into one folder and pass its path"
             ) from None
     return folder
-
-
-def _on_hub(name: str) -> bool:
-    outside = not Path(name).expanduser().is_dir() and not name.startswith((".", "/", "~"))
-    return outside and name.count("/") == 1
 
 
 def _load_file(path: Path, recipe: str | None) -> CLIP:

@@ -29,7 +29,7 @@ SOURCE = "source.json"
 LICENCES = {
     "official MaskGIT": "Apache-2.0 (google-research/maskgit)",
     "MaskGIT, ported": "Apache-2.0 (google-research/maskgit, fun-research/TiTok)",
-    "taming": "MIT (CompVis/taming-transformers)",
+    "taming": "MIT (CompVis/taming-transformers; it states none for the weights)",
     "LlamaGen": "MIT (FoundationVision/LlamaGen)",
     "Halton-MaskGIT": "MIT (valeoai/Halton-MaskGIT)",
 }

@@ -17,7 +17,18 @@ from maskgit.common import UserError, nearest
 from maskgit.common.signals import deadly
 
 # Each a module of this package.
-COMMANDS = ("sample", "edit", "train", "tokenize", "plot", "evaluate", "import", "doctor")
+COMMANDS = (
+    "sample",
+    "edit",
+    "train",
+    "tokenize",
+    "plot",
+    "evaluate",
+    "import",
+    "download",
+    "push",
+    "doctor",
+)
 
 # What a full or a locked disk says: no bug, so no traceback.
 DISK = {errno.ENOSPC: 1, errno.EDQUOT: 1, errno.EFBIG: 1}

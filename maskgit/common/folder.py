@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from maskgit.common.errors import UserError, nearest
+from maskgit.common.hub import download, hub_id
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 PARTIAL = ".partial-"  # begins the name of a folder that is being written
 LOCK = ".lock"  # in a folder that one process at a time may write to
+KINDS = ("vqgan", "transformer", "clip")  # the parts of a model, each a folder in its own
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = {"emoji": ASSETS / "emoji"}  # models that travel with the project, by name
 
@@ -30,8 +32,9 @@ C = TypeVar("C")
 def find(source: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: a local folder, a bundled name ("emoji"), or a hub id ("user/name").
 
-    A local folder comes first. A hub id is looked up in the offline cache, then on the network.
-    Raises UserError when none of the three has it.
+    A local folder comes first. "user/name@v1" is the hub's at the revision v1: a branch, a tag or a
+    commit; so is `revision`, which goes before. The hub is asked first and, where it cannot be
+    reached or HF_HUB_OFFLINE is set, its cache on this machine. Raises UserError when none has it.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -40,25 +43,10 @@ def find(source: str | Path, revision: str | None = None) -> Path:
         return BUNDLED[str(source)]
     if path.is_file():
         raise UserError(f"{source} is a file, not a model folder (config.json, model.safetensors)")
-    name = str(source)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _download(name, revision)
-    raise UserError(f"no model at {source}: not a folder, and {nearest(name, BUNDLED)}")
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*/config.json", "*.safetensors", "*/*.safetensors"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-        raise UserError(
-            f"no folder {name} here, and the hub did not give it ({reason}): "
-            f"fetch the repository's files elsewhere and pass the folder they are in"
-        ) from None
+    hub = hub_id(source, revision)
+    if hub:
+        return download(*hub)
+    raise UserError(f"no model at {source}: not a folder, and {nearest(str(source), BUNDLED)}")
 
 
 def read_text(path: str | Path) -> str:
