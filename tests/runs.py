@@ -1,4 +1,5 @@
-"""Tiny runs of `maskgit train`, each in a process of its own: what the reliability tests start.
+"""Processes of `maskgit`, and tiny runs of `maskgit train` for them: what the reliability tests and
+others start.
 
 The processes are forked from one that has loaded torch, so that each takes a fraction of a second.
 """
@@ -154,6 +155,16 @@ def _work(words, folder, writers, environment, hook):
 def run(folder, words, hook=None, **environment):
     """What `Started(...).wait()` gives."""
     return Started(folder, words, hook, **environment).wait()
+
+
+def pair(work, *arguments):
+    """Call `work(rank, *arguments)` in two processes at once, both of which have to end well."""
+    both = [PROCESSES.Process(target=work, args=(r, *arguments), daemon=True) for r in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(600)
+    assert [process.exitcode for process in both] == [0, 0]
 
 
 def several(folder, words, count=2, hooks=None):

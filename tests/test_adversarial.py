@@ -1,11 +1,9 @@
 """The adaptive weight of the adversarial loss, and the penalty on steep discriminators."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
+import torch.distributed as dist
+from runs import pair
 from test_losses import images
 from torch import nn
 
@@ -60,33 +58,21 @@ def test_adaptive_weight_takes_sums_of_gradients_and_float64():
     assert losses.adaptive_weight(*half, maximum=1e4).dtype == torch.float32
 
 
-SHARED = """
-import sys, torch, torch.distributed as dist
-from vqgan import losses
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-torch.manual_seed(0)
-each = torch.randn(2, 2, 8, 3, dtype=torch.float64)  # process, which loss, gradient
-mine = each[rank]
-before = mine.clone()
-weight = losses.adaptive_weight(mine[0], mine[1], 1e4)
-norms = each.mean(0).flatten(1).norm(dim=1)
-assert abs(weight - norms[0] / norms[1]) < 1e-14, (weight, norms)
-assert torch.equal(mine, before)  # it sums in a copy
-"""
+def weigh_together(rank, meeting):
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    each = torch.randn(2, 2, 8, 3, dtype=torch.float64)  # process, which loss, gradient
+    mine = each[rank]
+    before = mine.clone()
+    weight = losses.adaptive_weight(mine[0], mine[1], 1e4)
+    norms = each.mean(0).flatten(1).norm(dim=1)
+    assert abs(weight - norms[0] / norms[1]) < 1e-14, (weight, norms)
+    assert torch.equal(mine, before)  # it sums in a copy
+    dist.destroy_process_group()
 
 
 def test_adaptive_weight_of_two_processes_is_that_of_all_pictures(tmp_path):
-    command = [sys.executable, "-c", SHARED]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meeting")], cwd=ROOT, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said.decode()
+    pair(weigh_together, tmp_path / "meeting")
 
 
 class Linear(nn.Module):

@@ -169,7 +169,7 @@ def test_own_pictures_need_classes(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_own_pictures_of_two_classes_are_told_apart_and_init_goes_on(maskgit, tmp_path):
+def test_own_pictures_of_two_classes_are_told_apart_and_init_goes_on(forked, tmp_path):
     generator = np.random.default_rng(0)
     for i in range(40):
         pixels = generator.integers(0, 100, (32, 24, 3), dtype=np.uint8)
@@ -179,9 +179,9 @@ def test_own_pictures_of_two_classes_are_told_apart_and_init_goes_on(maskgit, tm
     settings = [f"data.path={tmp_path / 'own'}", "train.steps=10", "train.batch_size=8"]
     settings += ["data.size=[32, 24]", "data.heldout=0.2", "train.warmup=1", "train.ema=0"]
     first, second = tmp_path / "first", tmp_path / "second"
-    done = maskgit("train", "emoji_classifier", "--smoke", *settings, f"run={first}")
+    done = forked("train", "emoji_classifier", "--smoke", *settings, f"run={first}")
     assert done.returncode == 0 and re.search(r"heldout/top1 1\b", done.stdout), done.stderr
     assert Classifier.from_pretrained(first / "export").config.num_classes == 2
     more = [f"run={second}", f"init={first / 'export'}", "train.lr=1e-9"]
-    done = maskgit("train", "emoji_classifier", "--smoke", *settings, *more)
+    done = forked("train", "emoji_classifier", "--smoke", *settings, *more)
     assert done.returncode == 0 and re.search(r"heldout/top1 1\b", done.stdout), done.stderr

@@ -1,14 +1,15 @@
 """Contrastive losses: closed forms, other implementations, several processes, cached gradients."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, first_loss, one_line
+from conftest import first_loss, one_line
+from runs import pair
 
+import clip.task
 from clip import CLIP, CLIPConfig
 from clip.losses import info_nce, sigmoid_loss
 from clip.task import CLIPLossConfig, CLIPTask
@@ -150,8 +151,6 @@ def close(found, expected):
 @pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("positives", ["pair", "caption"])
 def test_cached_gradients_equal_those_of_all_graphs_kept(loss, positives, monkeypatch):
-    import clip.task
-
     config = CLIPLossConfig(positives=positives, varied=False)
     cached = gradients(tiny(loss), config, tiny_batch(), 2)
     with monkeypatch.context() as patch:  # the same micro-batches and draws, nothing run again
@@ -193,38 +192,27 @@ def test_batch_norm_is_refused_with_micro_batches():
     one_line(error, "BatchNorm", "train.micro_batch=null")
 
 
-WORKER = """
-import sys
-sys.path.insert(0, "tests")
-import torch
-import torch.distributed as dist
-from clip.task import CLIPLossConfig, CLIPTask
-import clip.task
-from conftest import first_loss
-from test_clip_losses import cases, close, gradients, micro, tiny, tiny_batch
-
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-result = {}
-for name, loss, config, size in cases():
-    model = tiny(loss).eval()  # no draws, which differ between the processes
+def learn_together(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     batch = {k: v[3 * rank : 3 * rank + 3] for k, v in tiny_batch().items()}
-    _, value, *_ = first_loss(CLIPTask(model, config, ["class"]), *micro(batch, size))
-    value.backward()
-    dist.all_reduce(value := value.detach())
-    result[f"{name}/loss"] = value / 2
-    for key, parameter in model.named_parameters():  # as data-parallel training does
-        dist.all_reduce(parameter.grad)
-        result[f"{name}/{key}"] = parameter.grad / 2
-for name, loss, config, size in cases():  # in training: each process has draws of its own
-    model, batch = tiny(loss), {k: v[3 * rank : 3 * rank + 3] for k, v in tiny_batch().items()}
-    cached = gradients(model, config, batch, size, seed=rank)
-    clip.task.recompute, recompute = lambda f, *x, use_reentrant: f(*x), clip.task.recompute
-    close(cached, gradients(model, config, batch, size, seed=rank))
-    clip.task.recompute = recompute
-torch.save(result, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
-"""
+    result = {}
+    for name, loss, config, size in cases():
+        model = tiny(loss).eval()  # no draws, which differ between the processes
+        _, value, *_ = first_loss(CLIPTask(model, config, ["class"]), *micro(batch, size))
+        value.backward()
+        dist.all_reduce(value := value.detach())
+        result[f"{name}/loss"] = value / 2
+        for key, parameter in model.named_parameters():  # as data-parallel training does
+            dist.all_reduce(parameter.grad)
+            result[f"{name}/{key}"] = parameter.grad / 2
+    for _, loss, config, size in cases():  # in training: each process has draws of its own
+        model = tiny(loss)
+        cached = gradients(model, config, batch, size, seed=rank)
+        clip.task.recompute, recompute = lambda f, *x, use_reentrant: f(*x), clip.task.recompute
+        close(cached, gradients(model, config, batch, size, seed=rank))
+        clip.task.recompute = recompute
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
 def cases():
@@ -236,9 +224,7 @@ def cases():
 
 
 def test_two_processes_have_the_loss_and_gradients_of_one_batch(tmp_path):
-    command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank)], cwd=ROOT) for rank in (0, 1)]
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    pair(learn_together, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     close(found[0], found[1])
     expected = {}

@@ -23,7 +23,8 @@ def load(name):
 
 EVALUATE = [f"evaluate {name}" for name in load("evaluate").COMMANDS]
 RUNNING = [name for name in COMMANDS if name != "evaluate"] + EVALUATE
-NOT_RUN = ("evaluate", "import")  # each of its own is; takes files that one has to fetch
+# Each of its own is; files that one has to fetch; these are not fetched here.
+NOT_RUN = ("evaluate", "import", "download")
 AFTER = {"plot": "train"}  # whose example takes what the other's makes
 
 
@@ -64,13 +65,24 @@ def test_the_example_parses(name):
     parser.parse_intermixed_args(rest)
 
 
+COMPARED = ["evaluate generator", "evaluate images", "evaluate compare"]  # the last the others
+ALONE = [name for name in RUNNING if name not in (*NOT_RUN, *AFTER.values(), *COMPARED)]
+# Less than the examples': steps of training, mirror images, steps of an image that is scored.
+SHORT = {
+    "train": ["train.steps=50"],
+    "tokenize": ["--no-mirror"],
+    "evaluate generator": ["--steps", "2"],
+    "evaluate sweep": ["--steps", "1,2"],
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [[n] for n in COMMANDS if n not in NOT_RUN] + [EVALUATE])
-def test_the_examples_run(names, maskgit, tmp_path):
+@pytest.mark.parametrize("names", [*([name] for name in ALONE), COMPARED], ids=" ".join)
+def test_the_examples_run(names, forked, tmp_path):
     [(_, photo)] = pictures(1)
     (tmp_path / "photo.png").write_bytes(photo)
     for name in [AFTER[name] for name in names if name in AFTER] + names:
-        done = maskgit(*load(name).EXAMPLE.split()[1:])
+        done = forked(*load(name).EXAMPLE.split()[1:], *SHORT.get(name, []))
         assert done.returncode == 0, done.stdout + done.stderr
         assert "\x1b" not in done.stdout + done.stderr
         assert "\r" not in done.stdout + done.stderr
@@ -212,10 +224,10 @@ def test_a_full_disk_is_told_in_one_line():
     assert (done.returncode, done.stderr) == (1, line)
 
 
-def test_doctor_tells_what_is_here(maskgit):
+def test_doctor_tells_what_is_here(forked):
     import torch
 
-    done = maskgit("doctor")
+    done = forked("doctor")
     assert done.returncode == 0, done.stdout
     found = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     assert torch.__version__ in found["torch and torchvision"]

@@ -1,16 +1,14 @@
 """Images of an evaluation: each by its own seed, none twice, none missing, whoever draws them."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, pictures
+from conftest import pictures
 from PIL import Image
+from runs import Started, several
 
 from maskgit import MaskGIT, MaskGITConfig, Pipeline
 from maskgit.common import UserError
@@ -117,52 +115,35 @@ def test_a_disk_too_small_is_told_beforehand(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_was_stopped_goes_on(number, maskgit, tmp_path):
+def test_a_run_that_was_stopped_goes_on(number, forked, tmp_path):
     out = tmp_path / "out"
-    options = f"{AGAINST} --num 150 --batch-size 8".split()
+    options = f"{AGAINST} --num 150 --batch-size 8 --steps 2".split()
     arguments = ["evaluate", "generator", *options, "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "maskgit", *arguments],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    started = Started(tmp_path, arguments)
     folder = out / "images" / "run-0"
     while not folder.is_dir() or len(list(folder.glob("0*.png"))) < 40:
-        assert process.poll() is None
+        assert started.lives
         time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait() == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    started.send(number)
+    assert started.wait()[0] == (143 if number == signal.SIGTERM else -signal.SIGKILL)
     assert not (out / "metrics.json").exists()
     before = {f.name: f.stat().st_mtime_ns for f in folder.glob("0*.png")}
     assert 40 <= len(before) < 150
-    done = maskgit(*arguments)
+    done = forked(*arguments)
     assert done.returncode == 0, done.stderr
     after = {f.name: f.stat().st_mtime_ns for f in folder.glob("0*.png")}
     assert len(after) == 150 and before.items() <= after.items()
-    assert maskgit(*arguments, "--seed", "1").returncode == 2
+    assert forked(*arguments, "--seed", "1").returncode == 2
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_set_of_one(maskgit, tmp_path):
-    options = f"{AGAINST} --num 130 --steps 2".split()
-    done = maskgit("evaluate", "generator", *options, "--out", "one")
+def test_two_processes_make_the_set_of_one(forked, tmp_path):
+    words = f"evaluate generator {AGAINST} --num 130 --steps 2 --out".split()
+    done = forked(*words, "one")
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, "-m", "maskgit", "evaluate", "generator", *options, "--out", "two"]
-    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29513"}
-    both = [  # with the variables that launchers set
-        subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT), **launched, "RANK": rank},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    printed = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+    both = [started.wait(1200) for started in several(tmp_path, [*words, "two"])]
+    statuses, printed, errors = zip(*both, strict=True)
+    assert statuses == (0, 0), errors
     assert "metrics.json" in printed[0] and "metrics.json" not in printed[1]
     one, two = (tmp_path / name / "images" / "run-0" for name in ("one", "two"))
     a, b = (

@@ -1,18 +1,22 @@
 """What a run notes: lines that survive a kill, pictures, trackers by name, a disk that is full."""
 
 import json
-import subprocess
-import sys
+import resource
 import threading
+from contextlib import closing
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import PartialState, tracking
-from conftest import ROOT, one_line
+from conftest import one_line
 from PIL import Image
+from runs import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from maskgit.commands import main as entry
 from maskgit.common import UserError
 from maskgit.engine.journal import Journal, check_trackers, entries
 
@@ -227,48 +231,45 @@ def test_trackers_that_cannot_be_had_are_named(monkeypatch):
 
 # A disk that is full.
 
-FULL = """
-import resource, sys
-sys.dont_write_bytecode = True  # or others find it cut off
-from contextlib import closing
-from pathlib import Path
-import torch
-from accelerate import PartialState
-from maskgit.commands import main as entry
-from maskgit.engine.journal import Journal
 
-def write(arguments):
-    PartialState(cpu=True)
-    with closing(Journal(Path("run"), 0, {trackers}, dict())) as journal:
-        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-        for step in range(1, 1000):
-            journal.{what}
+def fill(trackers, limit, write):
+    """Hook: the command is to note a thousand steps in files of `limit` bytes."""
 
-entry.dispatch = write
-sys.exit(entry.main([]))
-"""
+    def dispatch(arguments):
+        PartialState(cpu=True)
+        with closing(journal(Path("run"), trackers=trackers)) as noted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            for step in range(1, 1000):
+                write(noted, step)
+
+    entry.dispatch = dispatch
+
+
+def line(noted, step):
+    noted.write(step, {"loss": 1.0})
+
+
+def picture(noted, step):
+    noted.picture(step, torch.rand(3, 40, 40))
 
 
 @pytest.mark.parametrize(
-    ("trackers", "limit", "what", "where"),
+    ("trackers", "limit", "write", "where"),
     [
-        ([], 1000, 'write(step, {"loss": 1.0})', "run/metrics.jsonl"),
-        (["tensorboard"], 3000, 'write(step, {"loss": 1.0})', "run/tensorboard"),
-        ([], 1000, "picture(step, torch.rand(3, 40, 40))", "run/samples/step_00000001.png"),
+        ([], 1000, line, "run/metrics.jsonl"),
+        (["tensorboard"], 3000, line, "run/tensorboard"),
+        ([], 1000, picture, "run/samples/step_00000001.png"),
     ],
 )
-def test_a_full_disk_is_one_line_and_costs_nothing_before(tmp_path, trackers, limit, what, where):
-    script = FULL.format(trackers=trackers, limit=limit, what=what)
-    command = [sys.executable, "-c", script]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stderr == f"maskgit: cannot write {where}: File too large\n"
-    assert (done.returncode, done.stdout) == (1, "")
+def test_a_full_disk_is_one_line_and_costs_nothing_before(tmp_path, trackers, limit, write, where):
+    status, out, err = run(tmp_path, [], partial(fill, trackers, limit, write))
+    assert err == f"maskgit: cannot write {where}: File too large\n"
+    assert (status, out) == (1, "")
     assert not list((tmp_path / "run" / "samples").glob("step_*"))  # none that is torn
     noted = journal(tmp_path / "run", start=1000)
     assert not list((tmp_path / "run" / "samples").iterdir())
     noted.write(1001, {"loss": 1.0})
-    if "write" in what:
+    if write is line:
         assert steps(tmp_path / "run")[-1] == 1001
         assert steps(tmp_path / "run")[:-1] == list(range(1, len(steps(tmp_path / "run"))))
         assert len(steps(tmp_path / "run")) > 20

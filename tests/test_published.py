@@ -175,7 +175,7 @@ def quarter(name, place):
             f"model.z_channels={model.z_channels // 4}",
             f"model.quantizer.dim={model.quantizer.dim // 4}",
             f"discriminator.channels={run.discriminator.channels // 4}",
-            "data.size=[128, 128]",  # at 256 pixels VGG alone takes half a minute
+            "data.size=[64, 64]",  # at 256 pixels VGG alone takes half a minute
         ]
     if name in TRANSFORMERS:
         return [
@@ -185,7 +185,7 @@ def quarter(name, place):
             f"model.width={run.model.width // 4}",
             f"model.heads={run.model.heads // 4}",
             # 1,024 tokens would take half a minute.
-            f"data.size={[min(384, side) for side in run.data.size]}",
+            f"data.size={[min(256, side) for side in run.data.size]}",
         ]
     image, text = run.model.image, run.model.text
     return [

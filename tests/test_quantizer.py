@@ -1,17 +1,14 @@
 """Codebook lookup and how a codebook learns, against formulas written out here."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from runs import pair
 
 from vqgan.codebook import CodebookAverage, entropy_loss, kmeans, mean_distribution, usage
+from vqgan.losses import adaptive_weight
 from vqgan.quantizer import Quantizer, QuantizerConfig
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -268,46 +265,36 @@ def test_usage_and_perplexity():
     assert usage(torch.zeros(7, dtype=torch.int64), 10) == pytest.approx((0.1, 1))
 
 
-WORKER = """
-import sys
-import torch
-import torch.distributed as dist
-from vqgan.codebook import CodebookAverage, entropy_loss, kmeans
-from vqgan.losses import adaptive_weight
-
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-torch.manual_seed(0)
-codebook, rows = torch.randn(6, 3), torch.randn(80, 3)
-ids = torch.randint(5, (80,))
-own = slice(40 * rank, 40 * rank + 40)  # each process has half of the batch
-torch.manual_seed(rank)
-average = CodebookAverage(codebook, decay=0.05)
-average.update(codebook, rows[own], ids[own])
-result = {"codebook": codebook.clone(), "count": average.count.clone()}
-average.restart(codebook, rows[own])
-result |= {"restarted": codebook.clone(), "total": average.total}
-result["centres"], result["hits"] = kmeans(rows, 6)
-few = rows[:4]
-result["exact"], _ = kmeans(few, 4, iterations=1)  # each begins with another order of the four
-result["spread"], _ = kmeans(few.repeat(10, 1), 20)  # centres fall on one another and move
-average = CodebookAverage(codebook, pool=16)
-average.collect(rows[own][:5])
-average.collect(rows[own][5:10])
-result["pool"] = average.pool
-one = torch.ones(1)
-result["weight"] = adaptive_weight((1 + rank) * one, one, maximum=10.0)
-result["entropy"] = entropy_loss(rows[own], codebook, 0.7)
-dist.all_reduce(result["entropy"])
-torch.save(result, f"{folder}/{rank}.pt")
-dist.destroy_process_group()
-"""
+def learn_together(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    codebook, rows = torch.randn(6, 3), torch.randn(80, 3)
+    ids = torch.randint(5, (80,))
+    own = slice(40 * rank, 40 * rank + 40)  # each process has half of the batch
+    torch.manual_seed(rank)
+    average = CodebookAverage(codebook, decay=0.05)
+    average.update(codebook, rows[own], ids[own])
+    result = {"codebook": codebook.clone(), "count": average.count.clone()}
+    average.restart(codebook, rows[own])
+    result |= {"restarted": codebook.clone(), "total": average.total}
+    result["centres"], result["hits"] = kmeans(rows, 6)
+    few = rows[:4]
+    result["exact"], _ = kmeans(few, 4, iterations=1)  # each begins with another order of the four
+    result["spread"], _ = kmeans(few.repeat(10, 1), 20)  # centres fall on one another and move
+    average = CodebookAverage(codebook, pool=16)
+    average.collect(rows[own][:5])
+    average.collect(rows[own][5:10])
+    result["pool"] = average.pool
+    one = torch.ones(1)
+    result["weight"] = adaptive_weight((1 + rank) * one, one, maximum=10.0)
+    result["entropy"] = entropy_loss(rows[own], codebook, 0.7)
+    dist.all_reduce(result["entropy"])
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
 
 
 def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
-    command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank)], cwd=ROOT) for rank in (0, 1)]
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    pair(learn_together, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name in first:
         assert torch.allclose(first[name], second[name]), name

@@ -3,9 +3,10 @@ order, in a copy of the tree.
 
 Beside the tree the blocks find what they may name: `photo.png`; `photos`, a folder of classes; and
 `pairs`, a flat folder of images with captions.
-Four things differ from what is written: training is given `--smoke`, `git clone` and `cd` are
-left out since the copy is the clone, `make` uses the environment of these tests instead of
-installing one, and `make test` is only asked what it would do, since this is it.
+Five things differ from what is written: training is given `--smoke` and 30 steps, a generator that
+is evaluated 2 steps an image, `git clone` and `cd` are left out since the copy is the clone, `make`
+uses the environment of these tests instead of installing one, and `make test` is only asked what it
+would do, since this is it.
 """
 
 import csv
@@ -20,6 +21,8 @@ from conftest import ROOT, execute, pictures
 DOCUMENTS = ("README.md", "docs/your_own_data.md")
 COMMAND = re.compile(r"^(\$ )?(maskgit|make|pip|python|git) ", re.MULTILINE)
 
+SHORT = "train.steps=30 train.log_every=10 train.validate_every=30 train.draw_every=30"
+
 
 def blocks(document):
     """(language, text) of each fenced block."""
@@ -30,7 +33,8 @@ def blocks(document):
 def adapted(script):
     """The script with the differences that the head of this file tells."""
     script = re.sub(r"^(git clone|cd) .*\n", "", script, flags=re.MULTILINE)
-    script = re.sub(r"\bmaskgit train\b", "maskgit train --smoke", script)
+    script = re.sub(r"\bmaskgit train (\w+)", rf"maskgit train --smoke \1 {SHORT}", script)
+    script = re.sub(r"\bmaskgit evaluate generator\b", r"\g<0> --steps 2", script)
     script = re.sub(r"\bmake (?=test)", "make -n ", script)
     return re.sub(r"\bmake (?=\w|-n)", "make -o .venv/.ready ", script)
 
@@ -62,7 +66,8 @@ def test_commands_are_marked_as_such(document):
 def test_adapted():
     assert adapted("git clone X\ncd maskgit\nmake sample\n") == "make -o .venv/.ready sample\n"
     assert adapted("make test-slow\n") == "make -o .venv/.ready -n test-slow\n"
-    assert adapted("maskgit train x a=1\n") == "maskgit train --smoke x a=1\n"
+    assert adapted("maskgit train x a=1\n") == f"maskgit train --smoke x {SHORT} a=1\n"
+    assert adapted("maskgit evaluate generator --num 9\n").endswith("--steps 2 --num 9\n")
 
 
 def test_the_table_is_that_of_the_sweep():

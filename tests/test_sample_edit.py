@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+from runs import Started
 from test_pipeline import NAMES, SIZE, tiny_transformer, tiny_vqgan
 
 from maskgit.commands.main import main
@@ -138,19 +136,14 @@ def test_mistakes_in_sampling_take_one_line(run, tmp_path):
 
 
 def test_an_interrupted_run_leaves_nothing(model, tmp_path):
-    command = (sys.executable, "-m", "maskgit", "sample", "--model", model, "--num", "20000")
-    process = subprocess.Popen(
-        [str(part) for part in (*command, "--batch-size", "1", "--out", "many")],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-    )
+    words = ["sample", "--model", model, "--num", "20000", "--batch-size", "1", "--out", "many"]
+    started = Started(tmp_path, words)
     while not list(tmp_path.glob(".maskgit-*/*.png")):  # images are being written
-        assert process.poll() is None
+        assert started.lives
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and b"Traceback" not in err
+    started.send(signal.SIGINT)
+    status, _, err = started.wait()
+    assert status == 130 and "Traceback" not in err
     assert files(tmp_path) == [] and os.listdir(tmp_path) == []
 
 

@@ -1,26 +1,32 @@
 """`maskgit tokenize`, and training from what it makes: refusals, full disks, kills and signals."""
 
-import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, one_line
 from pictures import config, make_folder
+from runs import Started, run, several
 from tiny_tokenizer import save_tokenizer, shards
 
+from maskgit.commands import main as entry
 from maskgit.commands.main import main
 from maskgit.common import UserError
+from maskgit.engine.data import DataConfig, open_images
+from maskgit.engine.tokenize import cached
 from maskgit.engine.tokens import open_tokens
 from maskgit.joins import maskgit_run
 from maskgit.runs import MaskGITRun
+from maskgit.tokenized import token_stamp
+from vqgan import VQGAN
 
 
 @pytest.fixture
@@ -182,33 +188,24 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(
     assert main(command) == 0 and shards(tokenized / "train") == whole
 
 
-LIMITED = """
-import resource, signal, sys
-from maskgit.commands.main import main
-signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-sys.dont_write_bytecode = True
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-main(sys.argv[2:])
-"""
-
-
-def environment(**more):
-    return os.environ | {"PYTHONPATH": str(ROOT), **more}
+def killed_at(size):
+    """Hook: at byte `size` of any file the process is killed."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 7, 500])
-def test_a_kill_at_any_byte_leaves_nothing_that_looks_complete(size, tokenized, command):
+def test_a_kill_at_any_byte_leaves_nothing_that_looks_complete(size, tokenized, command, tmp_path):
     """In the lock (which names its process), in a shard's header, in its tokens, in the index."""
     folder = tokenized / "train"
     whole, index = shards(folder), (folder / "index.json").read_bytes()
     for target in (folder / list(whole)[2], folder / "index.json"):
         target.unlink()
         (folder / "index.json").unlink(missing_ok=True)
-        killed = [sys.executable, "-c", LIMITED, str(size), *command]
-        done = subprocess.run(killed, env=environment(), capture_output=True)
-        assert done.returncode == -signal.SIGXFSZ, done.stderr
+        status, _, err = run(tmp_path, command, partial(killed_at, size))
+        assert status == -signal.SIGXFSZ, err
         left = [path.stat().st_size for path in folder.glob(f".{target.name}.*")]
         assert left == ([size] if size else [])
         assert shards(folder) == {k: v for k, v in whole.items() if k != target.name}
@@ -227,7 +224,8 @@ def test_whatever_stops_it_the_shards_become_those_of_a_run_in_one_go(processes,
     whole = shards(tmp_path / "whole" / "train")
     assert len(whole) == 12
     folder = tmp_path / "stopped" / "train"
-    command = [sys.executable, "-m", "maskgit", *common.split(), str(tmp_path / "stopped")]
+    words = [*common.split(), tmp_path / "stopped"]
+    started = partial(Started, tmp_path, words, WORLD_SIZE=str(processes))
     there = {}
     for number, status, count in (
         (signal.SIGKILL, -signal.SIGKILL, 1),
@@ -236,26 +234,14 @@ def test_whatever_stops_it_the_shards_become_those_of_a_run_in_one_go(processes,
         (signal.SIGKILL, -signal.SIGKILL, 9),
         (None, 0, 12),
     ):
-        running = [
-            subprocess.Popen(
-                command,
-                env=environment(RANK=str(rank), WORLD_SIZE=str(processes)),
-                start_new_session=True,  # Ctrl-C reaches the workers too
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(processes)
-        ]
+        running = [started(RANK=str(rank)) for rank in range(processes)]
         while number and len(shards(folder)) < count:
-            assert all(process.poll() is None for process in running)
+            assert all(process.lives for process in running)
             time.sleep(0.01)
         for process in running if number else ():
-            os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(
-                number
-            )
-        errors = [process.communicate(timeout=300)[1] for process in running]
-        assert [process.returncode for process in running] == [status] * processes, errors
+            process.send(number, group=number == signal.SIGINT)  # Ctrl-C reaches the workers too
+        statuses, _, errors = zip(*(process.wait(300) for process in running), strict=True)
+        assert statuses == (status,) * processes, errors
         assert not any("Traceback" in error for error in errors)
         found = shards(folder)
         assert there.items() <= found.items() <= whole.items() and len(found) >= count
@@ -266,37 +252,25 @@ def test_whatever_stops_it_the_shards_become_those_of_a_run_in_one_go(processes,
     assert sorted(path.name for path in folder.iterdir()) == ["index.json", *whole]
 
 
-SHARED = """
-import sys, time
-import torch
-import torch.distributed as dist
-from maskgit.commands import main as entry
-from maskgit.engine.data import DataConfig, open_images
-from maskgit.engine.tokenize import cached
-from maskgit.tokenized import token_stamp
-from pathlib import Path
-from vqgan import VQGAN
+def tokenize_together(photos, tokenizer, folder, mood):
+    """Hook: the command is to make the tokens of a run as its processes do."""
 
-def work(arguments):
-    photos, tokenizer, folder, mood = arguments
-    dist.init_process_group("gloo")
-    images = open_images(DataConfig(photos, size=[16, 16], heldout=0))
-    vqgan = VQGAN.from_pretrained(tokenizer)
-    def encode(pictures):
-        if dist.get_rank() == 1 and mood == "fails":
-            raise ValueError("a bug")
-        if dist.get_rank() == 1 and mood == "waits":
-            time.sleep(600)
-        return vqgan.encode(pictures)
-    stamp = token_stamp(tokenizer, vqgan, images, shard_images=4)
-    print("begins", flush=True)
-    tokens = cached(Path(folder), stamp, images, encode, torch.device("cpu"))
-    print(tokens.take(list(range(len(tokens))), [1] * len(tokens))["tokens"].sum().item())
-    return 0
+    def dispatch(arguments):
+        dist.init_process_group("gloo")
+        images = open_images(DataConfig(photos, size=[16, 16], heldout=0))
+        vqgan = VQGAN.from_pretrained(tokenizer)
 
-entry.dispatch = work
-sys.exit(entry.main(sys.argv[1:]))
-"""
+        def encode(pictures):
+            assert dist.get_rank() == 0 or mood != "fails", "a bug"
+            if dist.get_rank() == 1 and mood == "waits":
+                time.sleep(600)
+            return vqgan.encode(pictures)
+
+        stamp = token_stamp(tokenizer, vqgan, images, shard_images=4)
+        tokens = cached(folder, stamp, images, encode, torch.device("cpu"))
+        print(tokens.take(list(range(len(tokens))), [1] * len(tokens))["tokens"].sum().item())
+
+    entry.dispatch = dispatch
 
 
 @pytest.mark.slow
@@ -304,35 +278,22 @@ sys.exit(entry.main(sys.argv[1:]))
 def test_the_processes_of_a_run_make_its_tokens_together(mood, photos, tokenizer_folder, tmp_path):
     """A signal is heeded while they wait for each other, and one does not wait for a dead one."""
     folder = tmp_path / "tokens"
-    command = [sys.executable, "-c", SHARED, photos, tokenizer_folder, folder, mood]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        launched = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    running = [
-        subprocess.Popen(
-            command,
-            env=environment(RANK=rank, WORLD_SIZE="2", **launched),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
+    hook = partial(tokenize_together, str(photos), str(tokenizer_folder), folder, mood)
+    running = several(tmp_path, [], hooks={0: hook, 1: hook})
     if mood == "waits":
         while len(shards(folder)) < 4:  # all those of the first process
-            assert all(process.poll() is None for process in running)
+            assert all(started.lives for started in running)
             time.sleep(0.05)
         time.sleep(1)
-        for process in running:
-            process.send_signal(signal.SIGTERM)
-    printed, errors = zip(*(process.communicate(timeout=300) for process in running), strict=True)
-    statuses = [process.returncode for process in running]
+        for started in running:
+            started.send(signal.SIGTERM)
+    statuses, printed, errors = zip(*(started.wait(300) for started in running), strict=True)
     if mood == "waits":
-        assert statuses == [143, 143], errors
+        assert statuses == (143, 143), errors
     elif mood == "fails":
-        assert statuses == [1, 1] and "a bug" in errors[1]
+        assert statuses == (1, 1) and "a bug" in errors[1]
         assert errors[0].splitlines()[-1].startswith(f"maskgit: a process that was making {folder}")
     else:
-        assert statuses == [0, 0], errors
+        assert statuses == (0, 0), errors
         assert printed[0] == printed[1]
         assert len(shards(folder)) == 8 and (folder / "index.json").exists()

@@ -3,13 +3,12 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, pictures
+from conftest import pictures
+from runs import Started
 
 from maskgit import MaskGIT, Pipeline, runs
 from maskgit.commands.main import main
@@ -195,8 +194,8 @@ def test_a_sharper_decoder_leaves_every_token_as_it_was(compiled, own, said, tmp
 @pytest.mark.parametrize(
     "name", ["emoji_vqgan", "emoji_decoder", "emoji_maskgit", "emoji_classifier", "emoji_clip"]
 )
-def test_smoke_run_reaches_the_loss_that_it_announces(name, maskgit, tmp_path):
-    done = maskgit("train", name, "--smoke", f"run={tmp_path / 'run'}")
+def test_smoke_run_reaches_the_loss_that_it_announces(name, forked, tmp_path):
+    done = forked("train", name, "--smoke", f"run={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     expected = float(re.search(r"^expect: a loss of about ([\d.]+)", done.stdout, re.M)[1])
     reached = float(re.search(r"^reached: loss ([\d.]+)", done.stdout, re.M)[1])
@@ -207,22 +206,17 @@ def test_smoke_run_reaches_the_loss_that_it_announces(name, maskgit, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on(number, status, maskgit, tmp_path):
-    command = [sys.executable, "-m", "maskgit", "train", "emoji_vqgan", "--smoke"]
+def test_a_signal_saves_and_the_run_goes_on(number, status, forked, tmp_path):
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        [*command, f"run={run}", "train.steps=100000", "train.save_every=0"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    words = ["train", "emoji_vqgan", "--smoke", f"run={run}"]
+    started = Started(tmp_path, [*words, "train.steps=100000", "train.save_every=0"])
     while not (run / "metrics.jsonl").exists():
-        assert process.poll() is None
+        assert started.lives
         time.sleep(0.1)
-    process.send_signal(number)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == status
+    started.send(number)
+    ended, output, _ = started.wait()
+    assert ended == status
     step = int(re.search(r"saved at step (\d+)", output)[1])
-    done = maskgit("train", "emoji_vqgan", "--smoke", f"run={run}", f"train.steps={step + 2}")
+    done = forked(*words, f"train.steps={step + 2}")
     assert done.returncode == 0, done.stderr
     assert f"at step {step}" in done.stdout
