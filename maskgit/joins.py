@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from clip import CLIP
 from clip.model import VisionTransformer
 from clip.task import CLIPTask
+from maskgit.checkup import foreign
 from maskgit.common import UserError
 from maskgit.common.device import pick_device
 from maskgit.common.folder import load_weights, locked, write_whole
@@ -124,9 +125,10 @@ def maskgit_run(run: MaskGITRun, folder: Path, say: Say) -> Joined:
     model = MaskGIT(run.model)
     if run.init and not begun(folder):
         source = MaskGIT.from_pretrained(run.init)
-        source, said = resized(source, run.model, class_names(run.init), stamp.classes)
+        old = class_names(run.init, source.config.num_classes, stamp.classes)
+        source, said = resized(source, run.model, old, stamp.classes)
         initialise(model, source, run.init)
-        for line in said:
+        for line in (*foreign(run.init, run.tokenizer), *said):
             say(f"init={run.init}: {line}")
     sampling = dict(run.sampling)
     if not set(sampling.get("showcase", [])) <= set(stamp.classes):

@@ -49,7 +49,11 @@ SOURCES = {
     "halton": "README of Halton-MaskGIT; clean-fid's resizing, statistics of the training set",
 }
 NOTES = {
-    "maskgit": "no guidance: this model has no label for no class",
+    "maskgit": (
+        "no guidance: this model has no label for no class; from a blank image as many tokens are "
+        "settled at each step as in the released code, which in a hole of a few tokens keeps at "
+        "least one masked up to the last step, where here all of them may be settled before"
+    ),
     "halton": (
         "published as w = {guidance:g} in (1 + w) cond - w uncond, which is cond + guidance (cond "
         "- uncond) with guidance = w; --order halton-rolled begins the order elsewhere for each "

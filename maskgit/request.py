@@ -1,6 +1,7 @@
 """What a caller may ask of a pipeline: labels, seeds, settings, each in several forms."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from maskgit.common import UserError, nearest, pick
@@ -26,11 +27,24 @@ DEFAULTS: dict[str, Any] = dict(
 def merge(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """DEFAULTS, over them the model's `own`, over these those `given`, where None leaves them be.
 
-    Raises UserError for an unknown name.
+    Raises UserError for an unknown name, and for a value of another kind.
     """
-    for name in (*own, *given):
+    for name, value in (*own.items(), *given.items()):
         pick(DEFAULTS, name, "sampling setting")
-    return {**DEFAULTS, **own, **{k: v for k, v in given.items() if v is not None}}
+        if not of_kind(name, value):
+            raise UserError(f"sampling setting {name}: {value!r} is not of the kind that it takes")
+    return DEFAULTS | {k: v for some in (own, given) for k, v in some.items() if v is not None}
+
+
+def of_kind(name: str, value: Any) -> bool:
+    """Whether a value is such as a setting takes: a name or a number, or two for a temperature that
+    moves; None leaves it be."""
+    if value is None or isinstance(DEFAULTS[name], str):
+        return isinstance(value, str | None)
+    if name == "temperature" and isinstance(value, Sequence):
+        return len(value) == 2 and all(isinstance(one, Real) for one in value)
+    kind = Integral if name in ("steps", "top_k", "start_step") else Real
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def image_seeds(seed: int | Sequence[int], count: int) -> list[int]:

@@ -10,15 +10,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskgit.common import UserError
 from maskgit.common.folder import find, read_json
 from maskgit.model import MaskGIT, MaskGITConfig
 
 
-def class_names(source: str) -> list[str]:
-    """The names of a model's classes; none where its folder does not tell, or has but numbers."""
-    path = find(source) / "labels.json"
+def class_names(source: str, count: int, new: Sequence[str] = ()) -> list[str]:
+    """The names of a model's `count` classes; none where its folder does not tell, or has but
+    numbers.
+
+    new: those of the classes to come. Raises UserError where they are as many and share no name,
+    since either could be meant then: other classes, or the same ones by names of another kind, as
+    ImageNet's folders have. And for a labels.json that is not of these classes.
+    """
+    folder = find(source)
+    path = folder / "labels.json"
     names = read_json(path) if path.is_file() else []
-    return [] if names == [str(i) for i in range(len(names))] else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is no list of names: import or export the model again")
+    if names and len(names) != count:
+        raise UserError(f"{path} has {len(names):,} names for {count:,} classes: it is another's")
+    if names == [str(i) for i in range(count)]:
+        return []
+    if twice := [name for name in set(names) if names.count(name) > 1]:
+        raise UserError(f"{path} gives the name {min(twice)} to several classes: make them differ")
+    if names and len(new) == count and not set(names) & set(new):
+        unnamed = folder / "transformer"
+        instead = f"init={unnamed}" if unnamed.is_dir() else f"a copy without {path.name}"
+        raise UserError(
+            f"init={source}: none of its {count:,} classes ({names[0]}, ...) is called as one of "
+            f"the data's ({new[0]}, ...): name the folders as {path} does; or, to start the first "
+            f"class from its first one and so on, give {instead}"
+        )
+    return names
 
 
 def resized(

@@ -13,12 +13,13 @@ The kind of file follows from the names, and its sizes from the shapes. The netw
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from maskgit.common import UserError
+from maskgit.common.published import check, fill, skeleton
 from maskgit.model import SIZES, MaskGIT, MaskGITConfig
 from maskgit.presets import HALTON, OFFICIAL
 
@@ -72,11 +73,12 @@ HALTON_PARAMETERS = {  # of a layer
 }
 # What a file has besides, and why it is not used.
 BALLAST = {"head.weight": "tok_emb.weight once more: the head is tied to it"}
-# By width and depth, the size's name and its heads.
+# By width, depth and the width of queries, the size's name and its heads.
 PUBLISHED = {
-    (size["width"], size["depth"]): (name.removeprefix("halton-"), size["heads"])
+    (width, size["depth"], width // heads * heads): (name.removeprefix("halton-"), heads)
     for name, size in SIZES.items()
     if name.startswith("halton-")
+    for width, heads in [(size["width"], size["heads"])]
 }
 
 
@@ -88,11 +90,14 @@ def published(
     tensors: all that the file holds of the model, names of flax joined with "/".
     heads: of a Halton-MaskGIT of no published size; otherwise they are known.
 
-    Raises UserError, which lists them, for tensors that are missing, left over or of another shape,
-    for sizes that leave something open, and for `heads` that contradict the file.
+    Raises UserError, which lists them, for tensors that are missing, left over, of another shape or
+    not of floating point, for sizes that leave something open, and for `heads` that contradict the
+    file.
     """
     flax = {name.removeprefix("params/"): tensor for name, tensor in tensors.items()}
     if OFFICIAL_NAMES["net.token_embedding.weight"] in flax:
+        if len(flax) < len(tensors):
+            raise UserError(f"{OFFICIAL}: some tensors stand there with params/ and without it")
         return _official(flax, heads)
     if {"tok_emb.weight", "cls_emb.weight"} & set(tensors):
         return _halton(tensors, heads)
@@ -100,14 +105,15 @@ def published(
 
 
 def _official(tensors: Mapping[str, Tensor], heads: int | None) -> tuple[str, MaskGIT]:
-    depth = _depth(tensors, r"TransformerLayer_(\d+)/")
+    depth = _depth(tensors, r"TransformerLayer_(\d{1,3})/")
     names = dict(OFFICIAL_NAMES)
     for i in range(depth):
         for ours, theirs in OFFICIAL_MODULES.items():
             weight = "scale" if ours.startswith("norm") else "kernel"
             names[f"net.blocks.{i}.{ours}.weight"] = f"TransformerLayer_{i}/{theirs}/{weight}"
             names[f"net.blocks.{i}.{ours}.bias"] = f"TransformerLayer_{i}/{theirs}/bias"
-    _strict(OFFICIAL, names, tensors)
+    what = f"{OFFICIAL}'s transformer"
+    check(what, dict.fromkeys(names.values()), tensors)
     rows, width = _sizes(tensors, names["net.token_embedding.weight"], 2)
     positions, _ = _sizes(tensors, names["net.position_embedding"], 2)
     _, own_heads, _ = _sizes(tensors, names["net.blocks.0.attention.query.weight"], 3)
@@ -116,10 +122,7 @@ def _official(tensors: Mapping[str, Tensor], heads: int | None) -> tuple[str, Ma
         raise UserError(
             f"{OFFICIAL}: a table of {rows} rows has no codes beside {CLASSES} classes and the mask"
         )
-    if heads not in (None, own_heads):
-        raise UserError(
-            f"{OFFICIAL}: its tensors have {own_heads} heads, not {heads}: leave it out"
-        )
+    _agree(OFFICIAL, heads, own_heads)
     config = MaskGITConfig(
         rows - CLASSES - 1,
         CLASSES,
@@ -131,28 +134,32 @@ def _official(tensors: Mapping[str, Tensor], heads: int | None) -> tuple[str, Ma
         has_null_label=False,
     )
     config.ffn = None if config.hidden == hidden else hidden
-    return OFFICIAL, _build(OFFICIAL, config, names, tensors, _from_flax)
+    turned = {name: _from_flax(name, array, own_heads) for name, array in tensors.items()}
+    return OFFICIAL, fill(what, skeleton(what, lambda: MaskGIT(config)), names, turned)
 
 
-def _from_flax(name: str, array: Tensor) -> Tensor:
+def _from_flax(name: str, array: Tensor, heads: int) -> Tensor:
     """An array of flax in torch's layout: heads side by side, kernels (out, in)."""
-    if name.endswith("bias"):
-        return array.flatten()  # (heads, d) or (D)
-    if array.ndim == 3:  # of attention: (heads, d, D) on the way out, else (D, heads, d)
-        array = array.flatten(0, 1) if "/out/" in name else array.flatten(1)
-    return array.T if name.endswith("kernel") and array.ndim == 2 else array
+    kernel = name.endswith("/kernel")
+    if "/self_attention/" in name:  # (D, heads, d), on the way out (heads, d, D); biases (heads, d)
+        axis = int(kernel and "/out/" not in name)
+        if array.ndim == 2 + kernel and array.shape[axis] == heads:
+            array = array.flatten(axis, axis + 1)
+    return array.T if kernel and array.ndim == 2 else array
 
 
 def _halton(tensors: Mapping[str, Tensor], heads: int | None) -> tuple[str, MaskGIT]:
-    depth = _depth(tensors, r"transformer\.layers\.(\d+)\.")
+    depth = _depth(tensors, r"transformer\.layers\.(\d{1,3})\.")
     names = HALTON_NAMES | {
         f"net.blocks.{i}.{ours}": f"transformer.layers.{i}.{theirs}"
         for i in range(depth)
         for ours, theirs in HALTON_PARAMETERS.items()
     }
-    _strict(HALTON, names, {name: t for name, t in tensors.items() if name not in BALLAST})
+    what = f"{HALTON}'s transformer"
+    kept = {name: tensor for name, tensor in tensors.items() if name not in BALLAST}
+    check(what, dict.fromkeys(names.values()), kept)
     table = tensors["tok_emb.weight"]
-    if not torch.equal(tensors.get("head.weight", table), table):
+    if "head.weight" in tensors and not torch.equal(tensors["head.weight"], table):
         raise UserError(
             f"{HALTON}: head.weight is not tok_emb.weight, to which its head is tied: this file is "
             f"of another network, or damaged"
@@ -163,18 +170,20 @@ def _halton(tensors: Mapping[str, Tensor], heads: int | None) -> tuple[str, Mask
     registers, _ = _sizes(tensors, "reg_tokens.weight", 2)
     inner, _ = _sizes(tensors, names["net.blocks.0.attention.query.weight"], 2)
     hidden, _ = _sizes(tensors, names["net.blocks.0.mlp.gate.weight"], 2)
-    size, own_heads = PUBLISHED.get((width, depth), ("", None))
+    size, own_heads = PUBLISHED.get((width, depth, inner), ("", None))
+    if own_heads is not None:
+        _agree(f"{HALTON} {size}", heads, own_heads)
     heads = heads or own_heads
     if heads is None:
-        listed = ", ".join(f"{width} x {depth}" for width, depth in PUBLISHED)
+        listed = ", ".join(f"{width} x {depth}" for width, depth, _ in PUBLISHED)
         raise UserError(
-            f"{HALTON} of width x depth {width} x {depth} is no published size ({listed}), and its "
-            f"tensors do not tell the heads: give heads=N"
+            f"{HALTON} of width x depth {width} x {depth}, queries {inner} wide, is no published "
+            f"size ({listed}), and its tensors do not tell the heads: give --heads N"
         )
     if not 1 <= heads <= width or width // heads * heads != inner:
         raise UserError(
             f"{HALTON}: {heads} heads of a width of {width} take queries of "
-            f"{width // max(heads, 1) * heads}, and its own have {inner}: give heads=N that fit"
+            f"{width // max(heads, 1) * heads}, and its own have {inner}: give --heads N that fits"
         )
     config = MaskGITConfig(
         rows - 1,
@@ -186,22 +195,26 @@ def _halton(tensors: Mapping[str, Tensor], heads: int | None) -> tuple[str, Mask
         registers=registers,
     )
     config.ffn = None if config.hidden == hidden else hidden
-    family = f"{HALTON} {size}" if size and heads == own_heads else HALTON
-    return family, _build(HALTON, config, names, tensors, lambda name, tensor: tensor)
+    model = fill(what, skeleton(what, lambda: MaskGIT(config)), names, kept)
+    return f"{HALTON} {size}".rstrip(), model
+
+
+def _agree(family: str, heads: int | None, own: int) -> None:
+    """UserError for a number of heads that is asked for where the file tells another."""
+    if heads not in (None, own):
+        raise UserError(f"{family}: it has {own} heads, not {heads}: leave --heads out")
 
 
 def _depth(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """The number of layers, as the names say; at least one, so that none is told as missing."""
-    return 1 + max(
-        (int(found[1]) for name in tensors if (found := re.match(pattern, name))), default=0
-    )
+    """How many layers there are; at least one, so that something is told as missing."""
+    return max(1, len({found[1] for name in tensors if (found := re.match(pattern, name))}))
 
 
 def _sizes(tensors: Mapping[str, Tensor], name: str, ndim: int) -> list[int]:
-    """The shape of a tensor; UserError unless it has `ndim` sides."""
+    """The shape of a tensor; UserError unless it has `ndim` sides, and numbers."""
     shape = list(tensors[name].shape)
-    if len(shape) != ndim:
-        raise UserError(f"{name} has the shape {shape}, and {ndim} sides are expected")
+    if len(shape) != ndim or 0 in shape:
+        raise UserError(f"{name} has the shape {shape}, and {ndim} sides are expected, none of 0")
     return shape
 
 
@@ -211,40 +224,3 @@ def _grid(tokens: int, family: str) -> list[int]:
     if side < 1 or side**2 != tokens:
         raise UserError(f"{family}: {tokens} positions are no square grid of tokens")
     return [side, side]
-
-
-def _strict(family: str, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """UserError that lists what is missing or left over, by the names in the file."""
-    missing = [name for name in names.values() if name not in tensors]
-    used = set(names.values())
-    left = [name for name in tensors if name not in used]
-    wrong = [
-        f"{len(some)} {what}: {', '.join(some[:8])}{', ...' * (len(some) > 8)}"
-        for what, some in (("missing", missing), ("left over", left))
-        if some
-    ]
-    if wrong:
-        raise UserError(f"{family}: not the tensors of such a transformer ({'; '.join(wrong)})")
-
-
-def _build(
-    family: str,
-    config: MaskGITConfig,
-    names: Mapping[str, str],
-    tensors: Mapping[str, Tensor],
-    convert: Callable[[str, Tensor], Tensor],
-) -> MaskGIT:
-    """The model with the tensors copied in: by its own name each, from the one `names` tells."""
-    with torch.device("meta"):  # no memory and no time for first values
-        model = MaskGIT(config)
-    model.to_empty(device="cpu")
-    state = {ours: convert(theirs, tensors[theirs]) for ours, theirs in names.items()}
-    wrong = [
-        f"{names[ours]} {list(tensors[names[ours]].shape)}"
-        for ours, own in model.state_dict().items()
-        if state[ours].shape != own.shape
-    ]
-    if wrong:
-        raise UserError(f"{family}: shapes that do not fit the others: {', '.join(wrong)}")
-    model.load_state_dict(state)
-    return model.eval()

@@ -7,14 +7,19 @@ import shutil
 
 import pytest
 import torch
+from conftest import one_line
+from safetensors.torch import load_file, save_file
 from tiny_published import flax_bytes, official_tokenizer, official_transformer, taming_tokenizer
 
+from maskgit import published_files
 from maskgit.commands import doctor
-from maskgit.common.folder import BUNDLED
+from maskgit.common import UserError
+from maskgit.common.folder import BUNDLED, file_hash
 from maskgit.decode import decode
 from maskgit.importing import import_files
 from maskgit.model import MaskGIT
 from maskgit.presets import PRESETS
+from maskgit.published_files import OFFICIAL, File
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +154,13 @@ def test_a_trace_of_tokens(model, examine):
     [
         ({"format_version": 2}, "format_version"),
         ({"seed": "3"}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"labels": [{}]}, "labels"),
+        ({"labels": [[1]]}, "labels"),
+        ({"labels": [1.5]}, "labels"),
+        ({"labels": [True]}, "labels"),
+        ({"preset": [1]}, "preset"),
+        ({"preset": {}}, "preset"),
         ({"labels": "goldfish"}, "labels"),
         ({"labels": ["goldfsh"]}, "goldfish"),
         ({"labels": []}, "at least 1"),
@@ -176,9 +188,92 @@ def test_what_is_no_model_and_no_record(model, examine, tmp_path):
         assert status == 1 and len(problems) == 1 and "source.json" in problems[0]
 
 
-def test_the_command(maskgit, imported, tmp_path):
-    done = maskgit("doctor", "--model", imported)
+SOURCES = {  # what is changed in source.json, and what is said
+    "files": ({}, "no hash of it"),
+    "parts": ({}, "in the folder and not in the source.json"),
+    "parts/vqgan/family": (3, "does not say of each part"),
+    "parts/vqgan/file": (3, "does not say of each part"),
+    "parts/other": ({}, "other parts than"),
+    "files/labels.json": (3, "names in this folder"),
+    "files//etc/passwd": ("x", "names in this folder"),
+    "files/a/../../b": ("x", "names in this folder"),
+    "files/a\0b": ("x", "names in this folder"),
+    "files/vqgan/none": ("x", "missing from"),
+}
+
+
+@pytest.mark.parametrize("where", SOURCES)
+def test_sources_that_are_none(model, examine, where):
+    value, told = SOURCES[where]
+    top, _, rest = where.partition("/")
+    content = json.loads((model / "source.json").read_text())
+    if not rest:
+        content[top] = value
+    elif rest.startswith("vqgan/f"):
+        content[top]["vqgan"][rest.removeprefix("vqgan/")] = value
+    else:
+        content[top][rest] = value
+    (model / "source.json").write_text(json.dumps(content))
+    status, _, problems = examine(model)
+    assert status == 1 and told in problems[0]
+    assert "root:" not in "".join(problems)
+
+
+def test_a_file_that_nobody_wrote(model, examine):
+    for name in ("transformer/extra.safetensors", "more.json"):
+        (model / name).write_bytes(b"{}")
+        status, found, problems = examine(model)
+        assert status == 1 and len(problems) == 1 and "no hash of it" in found[name]
+        (model / name).unlink()
+    (model / "README.md").write_text("mine")  # which no model is read from
+    assert examine(model)[0] == 0
+
+
+def test_numbers_that_are_not_finite(model, examine):
+    file = model / "transformer" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["net.head_bias"][2] = torch.nan
+    save_file(tensors, file)
+    source = json.loads((model / "source.json").read_text())
+    source["files"]["transformer/model.safetensors"] = file_hash(file)
+    (model / "source.json").write_text(json.dumps(source))
+    status, found, problems = examine(model)
+    assert status == 1 and len(problems) == 1
+    assert "1 tensors hold numbers that are not finite (net.head_bias)" in found["transformer"]
+
+
+def test_a_folder_in_place_of_a_file(model, examine):
+    (model / "trace.json").mkdir()
+    status, found, problems = examine(model)
+    assert status == 1 and len(problems) == 1 and "cannot be read" in found["trace.json"]
+
+
+def test_a_part_alone_and_names_without_end(model, examine):
+    with pytest.raises(UserError) as error:
+        examine(model / "vqgan")
+    one_line(error, "give the folder above")
+    file = model / "vqgan" / "model.safetensors"
+    save_file(load_file(file) | {"x" * 100_000: torch.ones(1)}, file)
+    assert max(len(line) for line in examine(model)[2]) < 1100
+
+
+def test_a_published_file_is_known_by_its_hash(model, examine, monkeypatch):
+    sha256 = json.loads((model / "source.json").read_text())["parts"]["vqgan"]["sha256"]
+    listed = {
+        "known": File("known", "", OFFICIAL, sha256=sha256),
+        "transformer": File("transformer", "", OFFICIAL, sha256="0" * 64),
+    }
+    assert "no SHA-256 of a published file" in examine(model)[1]["source of vqgan"]
+    monkeypatch.setattr(published_files, "FILES", listed)
+    status, found, _ = examine(model)
+    assert "the published file known, by its SHA-256" in found["source of vqgan"]
+    assert "warning: not the file that was published" in found["source of transformer"]
+    assert status == 0
+
+
+def test_the_command(forked, imported, tmp_path):
+    done = forked("doctor", "--model", imported)
     assert (done.returncode, done.stderr) == (0, "")
     assert "tokenizer and transformer: fit" in done.stdout
-    done = maskgit("doctor", "--model", tmp_path / "nowhere")
+    done = forked("doctor", "--model", tmp_path / "nowhere")
     assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import re
 import socket
+from pathlib import Path
 
 import pytest
 from file_server import CONTENT, SHA256, SIZE, serving
@@ -9,8 +10,9 @@ from file_server import CONTENT, SHA256, SIZE, serving
 from clip.recipes import recipes
 from maskgit import published_files
 from maskgit.commands.main import main
-from maskgit.importing import LICENCES
-from maskgit.published_files import PUBLISHED, File, Published, Source
+from maskgit.presets import HALTON, OFFICIAL
+from maskgit.published_files import PUBLISHED, File, Published, Source, licence_of
+from vqgan.layouts import LAYOUTS
 
 
 @pytest.fixture
@@ -101,5 +103,5 @@ def test_the_catalogue_agrees_with_itself_and_with_the_rest():
         recipe = recipes()[f"{file.name.removesuffix('.pt')}/openai"]
         assert file.name == recipe.file and file.sha256.startswith(recipe.sha256)
         assert f"/{file.sha256}/{file.name}" in file.url
-    sources = ("OFFICIAL", "PORT", "TAMING", "LLAMAGEN", "HALTON")
-    assert [getattr(published_files, name).licence for name in sources] == [*LICENCES.values()]
+    for family in (*(layout.family for layout in LAYOUTS), OFFICIAL, HALTON):
+        assert licence_of(Path("last.ckpt"), "", family)

@@ -11,7 +11,7 @@ from conftest import ROOT, one_line
 from tiny_published import flax_bytes
 
 from maskgit.common import UserError
-from maskgit.common.flax import DEPTH, ENTRIES, MAPS, read_flax
+from maskgit.common.flax import ENTRIES, MAPS, read_flax
 
 
 def put(path, content):
@@ -54,7 +54,7 @@ def test_the_bytes_are_those_that_the_format_fixes(tmp_path):
 
 
 def test_numbers_of_numpy_and_what_is_no_array(tmp_path):
-    content = {"a": ext((), "int32", b"\x05\0\0\0", code=3), "b": 1.5, "c": None, "d": ["x"]}
+    content = {"a": ext((), "int32", b"\x05\0\0\0", code=3), "b": 1.5, "c": None, "d": "x"}
     found = read_flax(put(tmp_path / "a", msgpack.packb(content)))
     assert {name: tensor.item() for name, tensor in found.items()} == {"a": 5}
 
@@ -90,7 +90,12 @@ BAD = {
     "numbers": msgpack.packb(
         {"a": {"__msgpack_chunked_array__": True, "shape": {"0": 1}, "chunks": {"0": 1}}}
     ),
-    "deep": msgpack.packb(nested(DEPTH + 1)),
+    "deep": msgpack.packb(nested(51)),
+    "a list in it": msgpack.packb({"a": ext((0,)), "b": [1]}),  # flax writes lists as maps
+    "two of a name": b"\x82" + 2 * msgpack.packb({"a": ext((0,))})[1:],
+    "joined alike": msgpack.packb({"a": {"b": ext((0,))}, "a/b": ext((0,))}),
+    "bytes": msgpack.packb({b"a": ext((0,))}),
+    "long names": msgpack.packb({"x" * 600: {"y" * 600: ext((0,))}}),
     # Sizes that stand in the file and nothing behind them, and much of little.
     "list bomb": b"\x81\xa1a\xdd\xff\xff\xff\xff",
     "lists bomb": b"\x81\xa1a" + b"\xdd\x00\x0f\xff\xff" * 400 + bytes(1 << 20),

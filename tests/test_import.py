@@ -2,12 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
+import resource
+import signal
 
 import pytest
 import torch
 from conftest import ROOT, one_line
+from runs import run
 from safetensors.torch import save
 from tiny_clip import tiny_clip
 from tiny_published import (
@@ -28,6 +29,7 @@ from maskgit import MaskGIT, Pipeline
 from maskgit.common import UserError
 from maskgit.common.folder import file_hash
 from maskgit.importing import check_together, imagenet, import_files, recognise
+from maskgit.resize import class_names
 from vqgan import VQGAN
 
 
@@ -110,6 +112,7 @@ def test_halton_maskgit(files, tmp_path):
         "file": "vq_ds16_c2i.pt",
         "sha256": file_hash(tmp_path.__class__(both[0])),
         "licence": "MIT (FoundationVision/LlamaGen)",
+        "ballast": ["quantize.codebook_used"],
     }
 
 
@@ -130,6 +133,7 @@ def test_a_transformer_alone(files, tmp_path):
     import_files([files["maskgit_imagenet512_checkpoint"]], tmp_path / "a", say=said.append)
     assert MaskGIT.from_pretrained(tmp_path / "a").config.grid == [32, 32]
     assert "needs its tokenizer" in said[-1]
+    assert class_names(str(tmp_path / "a"), 1000)[1] == "goldfish"  # for what is trained from it
 
 
 def test_a_clip_beside_them(files, tmp_path, monkeypatch):
@@ -215,41 +219,40 @@ class Runs:
         return os.system, ("touch ran",)
 
 
-def test_a_file_that_would_execute_code(maskgit, tmp_path):
+def test_a_file_that_would_execute_code(forked, tmp_path):
     torch.save({"model": taming_tokenizer(), "args": Runs()}, tmp_path / "a.pt")
-    done = maskgit("import", "a.pt", "dest")
+    done = forked("import", "a.pt", "dest")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("maskgit: a.pt is refused: it names")
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
+def small_files():
+    """Hook: no file can be larger than 100 KB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
 def test_nothing_half_written(files, tmp_path):
     """Where the disk has no room, and after an import that was killed."""
     (tmp_path / ".partial-dest" / "vqgan").mkdir(parents=True)
-    code = f"""
-import resource, sys
-sys.dont_write_bytecode = True
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from maskgit.commands.main import main
-sys.exit(main(["import", {files["last.ckpt"]!r}, "{tmp_path}/dest"]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "File too large" in done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+    words = ["import", files["last.ckpt"], tmp_path / "dest"]
+    status, _, err = run(ROOT, words, small_files)
+    assert status == 1 and "File too large" in err
+    assert err.count("\n") == 1, err
     assert not list(tmp_path.iterdir())
     import_files([files["last.ckpt"]], tmp_path / "dest", say=silent)
     assert [path.name for path in tmp_path.iterdir()] == ["dest"]
 
 
-def test_the_command(maskgit, files, tmp_path):
-    done = maskgit("import", "--heads", "2", files["vq_ds16_c2i.pt"], files["halton.pth"], "h")
+def test_the_command(forked, files, tmp_path):
+    done = forked("import", "--heads", "2", files["vq_ds16_c2i.pt"], files["halton.pth"], "h")
     assert done.returncode == 0, done.stderr
     assert "Halton-MaskGIT transformer" in done.stdout and done.stderr == ""
-    done = maskgit("sample", "--model", "h", "--class", "tench", "--steps", "2", "--out", "a.png")
+    done = forked("sample", "--model", "h", "--class", "tench", "--steps", "2", "--out", "a.png")
     assert done.returncode == 0, done.stderr
-    done = maskgit("import", files["last.ckpt"])
+    done = forked("import", files["last.ckpt"])
     assert done.returncode == 2 and "DEST" in done.stderr
 
 

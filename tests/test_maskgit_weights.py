@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import one_line
-from straight_transformer import halton, halton_weights, official, official_weights
+from straight_transformer import halton, halton_weights, layout, official, official_weights
 
 from maskgit.common import UserError
 from maskgit.decode import decode
@@ -110,9 +110,36 @@ def test_halton_small_at_full_width():
     assert model.config == MaskGITConfig(16384, 1000, [16, 16], **SIZES["halton-small"])
 
 
+@pytest.mark.parametrize(
+    ("file", "depth", "sizes", "heads", "hidden", "side"),
+    [
+        ("halton_transformer.txt", 12, {256: 576}, 12, 2048, 24),  # base
+        (
+            "halton_transformer.txt",
+            24,
+            {768: 1024, 4608: 6144, 1536: 2048, 2048: 2816, 256: 576},
+            16,
+            2816,
+            24,
+        ),
+        ("maskgit_transformer_flax.txt", 24, {257: 1025}, 16, 3072, 32),
+    ],
+)
+def test_published_files_by_their_names_and_shapes(file, depth, sizes, heads, hidden, side):
+    """At full size, without numbers."""
+    shapes = layout(file, depth, sizes)
+    shapes.pop("head.weight", None)  # the tied one: there are no numbers to compare
+    model = published({n: torch.empty(shape, device="meta") for n, shape in shapes.items()})[1]
+    config = model.config
+    assert (config.depth, config.heads, config.hidden, config.ffn) == (depth, heads, hidden, None)
+    assert config.grid == [side, side] and config.num_classes == 1000
+    assert config.codebook_size == (1024 if "flax" in file else 16384)
+    assert config.has_null_label == ("flax" not in file)
+
+
 def test_the_published_sizes_have_their_heads():
-    sizes = {(384, 6): ("tiny", 6), (512, 12): ("small", 6), (768, 12): ("base", 12)}
-    assert sizes | {(1024, 24): ("large", 16)} == PUBLISHED
+    sizes = {(384, 6, 384): ("tiny", 6), (512, 12, 510): ("small", 6), (768, 12, 768): ("base", 12)}
+    assert sizes | {(1024, 24, 1024): ("large", 16)} == PUBLISHED
     family, model = load(halton_weights(384, 6, 6))
     assert family == "Halton-MaskGIT tiny"
     assert model.config == MaskGITConfig(20, 6, [4, 4], **SIZES["halton-tiny"])
@@ -152,6 +179,9 @@ def with_row(arrays, name, row, value):
 
 
 TABLE = "params/Embed_0/word_embeddings/embedding"
+KEY = "params/TransformerLayer_1/Attention_0/self_attention/key/kernel"
+QUERY = "params/TransformerLayer_0/Attention_0/self_attention/query/kernel"
+UP = "params/TransformerLayer_0/Mlp_0/intermediate_output/kernel"
 
 
 def test_labels_are_ids_behind_the_codes(arrays):
@@ -194,6 +224,24 @@ def test_logits_are_cut_to_the_codebook(arrays):
     assert drawn.max() < CODES
 
 
+def test_the_norms_epsilon():
+    """1e-6, the usual one, shows where embeddings vary little."""
+    arrays = official_weights()
+    for name in arrays:
+        if "_embeddings/" in name:
+            arrays[name] = arrays[name] * np.float32(0.02)
+        elif "mlm_bias" in name:
+            arrays[name] = arrays[name] * 3  # or logits would be all alike
+    _, model = official_agrees(arrays, 16)
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.LayerNorm):
+            norm.eps = 1e-6
+    ids, masked = some(CODES, 16)
+    expected = official(arrays, np.where(masked, -1, ids), np.array([0, 999]))
+    with pytest.raises(AssertionError):
+        agree(model, ids, torch.tensor([0, 999]), expected)
+
+
 # ---------------------------------------------------------------- traps of Halton's files
 
 
@@ -223,12 +271,16 @@ def test_the_head_is_tied():
 def test_heads_are_asked_for_where_nothing_tells_them():
     with pytest.raises(UserError) as error:
         load(halton_weights())
-    one_line(error, "48 x 2", "384 x 6, 512 x 12, 768 x 12, 1024 x 24", "give heads=N")
+    one_line(error, "48 x 2", "384 x 6, 512 x 12, 768 x 12, 1024 x 24", "give --heads N")
     with pytest.raises(UserError) as error:  # 46 over 4 is 44
         load(halton_weights(46, 3), heads=4)
     one_line(error, "4 heads of a width of 46", "44", "45")
-    with pytest.raises(UserError, match="its tensors have 4 heads, not 8"):
-        load(official_weights(), heads=8)
+    for arrays, heads in ((official_weights(), 4), (halton_weights(384, 6, 6), 6)):
+        with pytest.raises(UserError) as error:
+            load(arrays, heads=8)
+        one_line(error, f"it has {heads} heads, not 8: leave --heads out")
+    family, model = load(halton_weights(384, 7, 6), heads=7)  # queries of 378: another network
+    assert family == "Halton-MaskGIT" and model.config.heads == 7
 
 
 # ---------------------------------------------------------------- what is refused
@@ -241,14 +293,14 @@ def test_every_tensor_is_used(kind):
         kept = {other: array for other, array in arrays.items() if other != name}
         with pytest.raises(UserError) as error:
             load(kept, heads=4)
-        one_line(error, "1 missing: ", name.removeprefix("params/"))
+        one_line(error, f"1 missing ({name.removeprefix('params/')})")
     with pytest.raises(UserError) as error:
         load(arrays | {"ema.decay": np.zeros(1)}, heads=4)
-    one_line(error, "1 left over: ema.decay")
+    one_line(error, "1 left over (ema.decay)")
     many = {f"x.{i}": np.zeros(1) for i in range(20)}
     with pytest.raises(UserError) as error:
         load(arrays | many, heads=4)
-    one_line(error, "20 left over: x.0", ", ...")
+    one_line(error, "20 left over (x.0, ", "and 12 more")
 
 
 @pytest.mark.parametrize(
@@ -262,16 +314,51 @@ def test_every_tensor_is_used(kind):
         ),
         (official_weights, TABLE, (1001, 48), "1001 rows"),
         (official_weights, TABLE, (1001,), "2 sides"),
-        (official_weights, "params/MlmLayer_0/mlm_bias/bias", (2024,), "mlm_bias/bias [2024]"),
+        (
+            official_weights,
+            "params/MlmLayer_0/mlm_bias/bias",
+            (2024,),
+            "1 of another shape (MlmLayer_0/mlm_bias/bias)",
+        ),
+        (official_weights, KEY, (48, 2, 24), "1 of another shape"),  # 48 wide, of other heads
+        (official_weights, KEY, (48, 0, 12), "1 of another shape"),
+        (official_weights, QUERY, (48, 0, 12), "3 sides are expected, none of 0"),
+        (official_weights, "params/TransformerLayer_1/Mlp_0/layer_output/bias", (6, 8), "1 of an"),
+        (official_weights, UP, (0, 1 << 40), "2 sides are expected, none of 0"),
+        (halton_weights, "reg_tokens.weight", (1 << 40, 0), "none of 0"),
+        (halton_weights, "transformer.layers.0.ff.w1.weight", (1 << 60, 0), "none of 0"),
+        (halton_weights, "cls_emb.weight", (0, 48), "none of 0"),
+        (halton_weights, "transformer.layers.200000.x", (1,), "tensors 1 left over"),
+        (halton_weights, f"transformer.layers.{'9' * 5000}.x", (1,), "tensors 1 left over"),
         (halton_weights, "pos_emb.weight", (15, 48), "15 positions"),
-        (halton_weights, "transformer.layers.1.ln2.weight", (47,), "layers.1.ln2.weight [47]"),
-        (halton_weights, "head.bias", (20,), "head.bias [20]"),
+        (
+            halton_weights,
+            "transformer.layers.1.ln2.weight",
+            (47,),
+            "1 of another shape (transformer.layers.1.ln2.weight)",
+        ),
+        (halton_weights, "head.bias", (20,), "1 of another shape (head.bias)"),
     ],
 )
 def test_shapes_that_do_not_fit(kind, name, shape, told):
     with pytest.raises(UserError) as error:
         load(kind() | {name: np.zeros(shape, np.float32)}, heads=4)
     one_line(error, told)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(official_weights, UP), (halton_weights, "head.bias")])
+def test_numbers_are_of_floating_point(kind, name):
+    arrays = kind()
+    with pytest.raises(UserError) as error:
+        load(arrays | {name: arrays[name].astype(np.int32)}, heads=4)
+    one_line(error, f"1 not of floating point ({name.removeprefix('params/')})")
+
+
+def test_a_tensor_with_its_root_and_without():
+    arrays = official_weights()
+    with pytest.raises(UserError) as error:
+        load(arrays | {TABLE.removeprefix("params/"): arrays[TABLE]})
+    one_line(error, "official MaskGIT", "with params/ and without")
 
 
 def test_other_files_are_none_of_these():

@@ -178,11 +178,11 @@ def uniforms(seed, step, n):
     return [noise.uniform(torch.tensor([seed]), step, n, s)[0].double().numpy() for s in streams]
 
 
-def maskgit_trace(function, tokens, seed, steps, choice_temperature):
+def maskgit_trace(function, tokens, seed, steps, choice_temperature, mask=MASK):
     """MaskGIT's decoding of one image (N,), as its released code does it: tokens at each step."""
-    unknown = (tokens == MASK).sum()
+    unknown = (tokens == mask).sum()
     for t in range(steps):
-        r, known = (t + 1) / steps, tokens != MASK
+        r, known = (t + 1) / steps, tokens != mask
         token_noise, choice_noise = uniforms(seed, t, len(tokens))
         ids, p = drawn(function(tokens[None])[0], token_noise)
         ids = np.where(known, tokens, ids)
@@ -191,7 +191,7 @@ def maskgit_trace(function, tokens, seed, steps, choice_temperature):
         count = math.floor(unknown * math.cos(math.pi / 2 * r) + 1e-9)
         count = max(0, min(count, (~known).sum() - 1))
         tokens = ids.copy()
-        tokens[np.argsort(score, kind="stable")[:count]] = MASK
+        tokens[np.argsort(score, kind="stable")[:count]] = mask
         yield tokens
 
 

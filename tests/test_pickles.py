@@ -41,6 +41,16 @@ class Tensor:
         return torch._utils._rebuild_tensor_v2, (Id(self.id), *self.layout)
 
 
+class Made(Tensor):
+    """The same of anything in a storage's place."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
 class Id:
     def __init__(self, content):
         self.content = content
@@ -146,6 +156,61 @@ def test_little_that_stands_for_much(tmp_path):
     one_line(error, "a.pt", "no storage")
 
 
+LIST = b"\x80\x02]q\x00(" + b"K\x01" * 100 + b"e0"  # in the memo, as those below
+DICT = b"\x80\x02}q\x00(" + b"".join(b"K%cN" % i for i in range(100)) + b"u0"
+PAIRS = b"\x80\x02]q\x00(" + b"K\x01K\x02\x86" * 100 + b"e0"
+
+
+@pytest.mark.parametrize(
+    "instructions",
+    [
+        DICT + b"cargparse\nNamespace\nq\x010" + b"h\x01)\x81h\x00b" * 50 + b".",
+        LIST + b"ctorch\nSize\nq\x010" + b"h\x01h\x00\x85R" * 50 + b".",
+        LIST + b"ctorch\nSize\nq\x010" + b"h\x01h\x00\x85\x81" * 50 + b".",
+        PAIRS + b"ccollections\nOrderedDict\nq\x010" + b"h\x01h\x00\x85R" * 50 + b".",
+    ],
+)
+def test_what_is_copied_again_and_again(tmp_path, instructions):
+    with pytest.raises(UserError) as error:
+        read_torch(archive(tmp_path / "a.pt", instructions))
+    one_line(error, "a.pt", "damaged")
+
+
+def test_what_is_named_again_and_again_is_there_once(tmp_path):
+    build = LIST + b"](ctorch.jit._pickle\nbuild_intlist\nq\x01h\x00\x85Rh\x01h\x00\x85Re."
+    first, second = read_torch(archive(tmp_path / "a.pt", build))
+    assert first is second and len(first) == 100
+    classes = b"\x80\x02](cargparse\nNamespace\ncargparse\nNamespace\nc__torch__\nAny\ne."
+    assert read_torch(archive(tmp_path / "a.pt", classes)) == [Record] * 3
+
+
+def test_names_that_no_tensor_has(tmp_path):
+    one, long = torch.ones(1), "x" * 600
+    contents = [{10**5000: one}, {-1: one}, {True: one}, {("a", 1): one}, {one: one}, {None: one}]
+    contents += [{10**5000: {"a": one}}, {long: {long: one}}]
+    for content in contents:
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(UserError) as error:
+            flatten(read_torch(tmp_path / "a.pt"), "a.pt")
+        one_line(error, "a.pt", "names are no text")
+    for content in ({1: one, "1": one}, {"a": {"b": one}, "a.b": one}):
+        with pytest.raises(UserError) as error:
+            flatten(content, "a.pt")
+        one_line(error, "a.pt has two tensors")
+    odd = {("a", 1): 3, 10**5000: {one: 4}, "a": {0: {"b": one}}}  # names of nothing that is taken
+    assert list(flatten(odd)) == ["a.0.b"]
+
+
+def test_two_records_of_one_name(tmp_path):
+    """Of which torch takes the first, and others the last."""
+    path = archive(tmp_path / "a.pt", pickled(Tensor()), [bytes(16)])
+    with zipfile.ZipFile(path, "a") as file, warnings.catch_warnings(action="ignore"):
+        file.writestr("toy/data/0", bytes(16))
+    with pytest.raises(UserError) as error:
+        read_torch(path)
+    one_line(error, "a.pt", "two records of one name")
+
+
 def test_records_that_overlap(tmp_path):
     """Many names of one large record would be read once each."""
     path = archive(tmp_path / "a.pt", pickled(1), [bytes(1000)])
@@ -178,6 +243,9 @@ def test_tensors_lie_inside_their_storages(tmp_path):
         Tensor(size=(-1, -1), stride=(1, 1)),
         Tensor(size=(2, 2), stride=(1,)),
         Tensor(size="ab", stride=(1, 1)),
+        Tensor(size=(1 << 2_000_000,) * 60, stride=(1 << 2_000_000,) * 60),  # long to multiply
+        Made(Tensor(size=(1 << 50, 0), stride=(0, 1)), 0, (1 << 50,), (0,), False, OrderedDict()),
+        Made(Tensor(stride=(0,)), 0, (4,), (1,), False, OrderedDict()),
     ):
         path = archive(tmp_path / "bad.pt", pickled(bad), [numbers])
         with pytest.raises(UserError) as error:

@@ -1,6 +1,7 @@
 """Files that would run code, in any of the formats of torch."""
 
 import argparse
+import datetime
 import io
 import os
 import pickle
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import one_line
 from omegaconf import OmegaConf
-from test_pickles import archive
+from test_pickles import Tensor, archive, pickled
 
 from maskgit.common import UserError
 from maskgit.common.pickles import Record, flatten, read_torch
@@ -148,6 +149,9 @@ def test_what_lightning_and_argparse_leave_is_inert(tmp_path, monkeypatch):
         "config": OmegaConf.create({"a": {"b": [1, 2]}, "c": "${a.b}"}),
         "counts": Counter("aab"),
         "names": {"a", "b"},
+        **{"array": numpy.arange(3), "when": datetime.datetime.now(), "layout": torch.strided},
+        **{"phase": 1 + 2j, "bytes": bytearray(b"ab"), "took": datetime.timedelta(1)},
+        "complex": torch.ones(2, dtype=torch.complex64),
     }
     for new in (True, False):
         torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=new)
@@ -159,7 +163,8 @@ def test_what_lightning_and_argparse_leave_is_inert(tmp_path, monkeypatch):
         assert found["hyper_parameters"] == {"rate": 0.1}
         assert found["object"]["best"] == 0.5
         assert list(flatten({"state_dict": found["state_dict"]})) == ["state_dict.weight"]
-        for name in ("config", "counts", "names"):
+        assert torch.equal(found["complex"], content["complex"])
+        for name in ("config", "counts", "names", "array", "when", "layout", "phase", "took"):
             assert isinstance(found[name], Record)
 
 
@@ -180,6 +185,14 @@ def test_by_any_instruction(tmp_path, monkeypatch, instructions):
         read_torch(archive(tmp_path / "a.pt", instructions))
     one_line(error, "a.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_items_are_given_to_nothing_but_dicts(tmp_path):
+    tensor = b"\x80\x02" + pickled(Tensor())[2:-1]
+    for instructions in (tensor + b"K\x00K\x01s.", tensor + b"(K\x00K\x01u."):
+        with pytest.raises(UserError) as error:
+            read_torch(archive(tmp_path / "a.pt", instructions, [bytes(16)]))
+        one_line(error, "a.pt", "no dict")
 
 
 def test_attributes_are_given_to_nothing_but_records(tmp_path):

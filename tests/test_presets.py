@@ -95,6 +95,11 @@ def test_unknown_and_damaged_presets_are_told(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     for content, told in [
         ('{"a": {"settings": {"stepz": 3}}}', "'steps'"),
+        ('{"a": {"settings": {"steps": "x"}}}', "steps: 'x' is not of the kind"),
+        ('{"a": {"settings": {"steps": 2.5}}}', "steps: 2.5"),
+        ('{"a": {"settings": {"guidance": true}}}', "guidance: True"),
+        ('{"a": {"settings": {"temperature": [1, "x"]}}}', "temperature"),
+        ('{"a": {"settings": {"order": 3}}}', "order: 3"),
         ('{"a": 3}', "no table of presets"),
         ("[]", "no table of presets"),
         ("{", "presets.json"),

@@ -18,6 +18,7 @@ from maskgit.common.folder import write_tensors
 from maskgit.common.published import file_format, read_tensors
 
 TENSORS = {"a.weight": torch.randn(4, 6), "b.bias": torch.arange(5)}
+SHARED = torch.ones(1000)
 FORMATS = {
     "safetensors": save(TENSORS),
     "stacked": stacked_bytes({"state_dict": TENSORS}),
@@ -67,6 +68,9 @@ def test_files_that_hold_no_weights(tmp_path):
         ({"epoch": 3}, "holds no tensors"),
         ({"a": torch.ones(1), "module.a": torch.ones(1)}, "two tensors a"),
         ({"a\nb": torch.ones(1)}, "no text"),
+        ({"a": torch.ones(1), "b": torch.empty(0, 1 << 40)}, "without numbers (b)"),
+        ({str(i): SHARED for i in range(9)}, "many names"),
+        (save({"x" * 1001: torch.ones(1)}), "no text"),
         (save({}), "holds no tensors"),
         (save(TENSORS)[:-1], "truncated"),
     ]
@@ -80,6 +84,11 @@ def test_files_that_hold_no_weights(tmp_path):
     with pytest.raises(UserError) as error:
         read_tensors(tmp_path)
     one_line(error, tmp_path)
+
+
+def test_a_tensor_can_stand_there_under_two_names(tmp_path):
+    found = read_tensors(put(tmp_path / "a.pt", {"a": SHARED, "b": SHARED}))
+    assert torch.equal(found["a"], found["b"])
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "zip"])

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import one_line
 from runs import prepare, run
 from test_model import ARCHITECTURES, tiny, tokens_for
 
+from maskgit.common import UserError
 from maskgit.model import MaskGIT, MaskGITConfig
 from maskgit.resize import class_names, interpolated, resized
 
@@ -104,11 +106,37 @@ def test_interpolation_keeps_a_slope_in_each_direction():
 
 def test_names_of_a_folder(tmp_path):
     MaskGIT(MaskGITConfig(12, 3, [2, 2], width=8, depth=1, heads=1)).save_pretrained(tmp_path)
-    assert class_names(str(tmp_path)) == []
+    assert class_names(str(tmp_path), 3) == []
     (tmp_path / "labels.json").write_text(json.dumps(["0", "1", "2"]))
-    assert class_names(str(tmp_path)) == []  # numbers are no names
+    assert class_names(str(tmp_path), 3) == []  # numbers are no names
     (tmp_path / "labels.json").write_text(json.dumps(OLD))
-    assert class_names(str(tmp_path)) == OLD
+    assert class_names(str(tmp_path), 3) == OLD
+    for content, told in (
+        ([*OLD, "hen"], "has 4 names for 3 classes"),
+        (["cat", "cow", "cat"], "gives the name cat to several"),
+        ([1, 2, 3], "no list of names"),
+        ({"cat": 1}, "no list of names"),
+    ):
+        (tmp_path / "labels.json").write_text(json.dumps(content))
+        with pytest.raises(UserError) as error:
+            class_names(str(tmp_path), 3)
+        one_line(error, tmp_path / "labels.json", told)
+
+
+def test_as_many_classes_of_which_none_has_a_name_in_common(tmp_path):
+    """As ImageNet's folders, called n01440764 and so on."""
+    (tmp_path / "labels.json").write_text(json.dumps(OLD))
+    others = ["n01", "n02", "n03"]
+    with pytest.raises(UserError) as error:
+        class_names(str(tmp_path), 3, others)
+    one_line(error, "none of its 3 classes (cat, ...)", "(n01, ...)", "a copy without labels.json")
+    (tmp_path / "transformer").mkdir()
+    with pytest.raises(UserError) as error:
+        class_names(str(tmp_path), 3, others)
+    one_line(error, way := f"init={tmp_path}/transformer")
+    assert class_names(way.removeprefix("init="), 3, others) == []  # which keeps rows by number
+    for new in (others[:2], ["n01", "n02", "cow"]):
+        assert class_names(str(tmp_path), 3, new) == OLD
 
 
 def test_train_goes_on_with_other_classes_and_another_grid(tmp_path):

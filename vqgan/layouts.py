@@ -18,6 +18,7 @@ from vqgan.quantizer import QuantizerConfig
 
 SIDES = {"encoder": "down", "decoder": "up"}
 KINDS = ("weight", "bias")
+LARGEST = 12  # levels, and residual blocks of one; those that are published have 5 and 4
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -143,11 +144,11 @@ def official_names(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
 
     def last(module: str) -> int:
-        found = [re.match(rf"params/{module}_(\d{{1,4}})/", name) for name in names]
+        found = [re.match(rf"params/{module}_(\d{{1,3}})/", name) for name in names]
         return max((int(match[1]) for match in found if match), default=0)
 
-    levels = max(1, last("decoder/Conv"))
-    blocks = [max(1, (last(f"{side}/ResBlock") - 1) // levels) for side in SIDES]
+    levels = min(max(1, last("decoder/Conv")), LARGEST)
+    blocks = [min(max(1, (last(f"{side}/ResBlock") - 1) // levels), LARGEST) for side in SIDES]
     config = VQGANConfig(mult=[1] * levels, encoder_blocks=blocks[0], decoder_blocks=blocks[1])
     modules = {
         **{"encoder.conv_in": "encoder/Conv_0", "encoder.conv_out": "encoder/Conv_1"},
@@ -194,6 +195,8 @@ def measure(layout: Layout, shapes: Shapes) -> VQGANConfig:
 
     depths = {side: _depths(layout, layout.block, side, shapes) for side in SIDES}
     levels = max(1, *map(len, depths.values()))
+    if max([levels, *depths["encoder"], *depths["decoder"]]) > LARGEST:
+        raise UserError(f"{layout.family}: more than {LARGEST} levels, or residual blocks of one")
     widths = []
     for level in range(levels):  # a level's tensors are as wide as what comes out, but for norm1
         blocks = (layout.at(layout.block, side, level, levels) for side in SIDES)
@@ -231,7 +234,8 @@ def _depths(
 ) -> list[int]:
     """How many modules of a pattern each level of a side has, level 0 being the full resolution.
     Without `levels`, there are as many as have some."""
-    modules = {name[: dot.start()] for name in shapes for dot in re.finditer(r"\.", name)}
+    parts = pattern.count(".") + 1
+    modules = {".".join(name.split(".", parts)[:parts]) for name in shapes}
     found: list[int] = []
     while len(found) != levels:
         name = partial(pattern.format, side=side, way=SIDES[side], level=len(found))

@@ -10,20 +10,18 @@ import shutil
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from maskgit.common.folder import BUNDLED, file_hash, find
+from maskgit.common.folder import BUNDLED, KINDS, file_hash, find
+
+if TYPE_CHECKING:
+    from maskgit.checkup import Finding
 
 HELP = "say what this machine and this installation can do, or whether a model is whole"
 EXAMPLE = "maskgit doctor"
 
-PARTS = (
-    "vqgan",
-    "transformer",
-    "clip",
-    "classifier",
-)  # the folders of a bundled model that hold weights
-
-Finding = tuple[str, str, bool]  # what, what was found, whether one can work with it
+PARTS = (*KINDS, "classifier")  # the folders of a bundled model that hold weights
+LONGEST = 1000  # characters of a finding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,19 +34,21 @@ def run(args: argparse.Namespace) -> int:
     """Print one line a finding; 0 if all is well, else 1."""
     usable = True
     for what, found, good in model_findings(args.model) if args.model else findings():
-        print(f"{'' if good else 'PROBLEM: '}{what}: {found}", flush=True)
+        line = f"{'' if good else 'PROBLEM: '}{what}: {found}"
+        line = line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
+        print("".join(c if c.isprintable() else "?" for c in line), flush=True)
         usable = usable and good
     return 0 if usable else 1
 
 
-def model_findings(source: str) -> Iterator[Finding]:
+def model_findings(source: str) -> Iterator["Finding"]:
     """All that is looked at in a model: a folder, a bundled name, or a hub id."""
     from maskgit.checkup import check_folder
 
     yield from check_folder(find(source))
 
 
-def findings() -> Iterator[Finding]:
+def findings() -> Iterator["Finding"]:
     """All that is looked at, the quick things first."""
     yield "python", f"{platform.python_version()} on {platform.platform(terse=True)}", True
     yield from requirements()
@@ -59,7 +59,7 @@ def findings() -> Iterator[Finding]:
     yield "disk", f"{disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB free in {Path.cwd()}", True
 
 
-def requirements() -> Iterator[Finding]:
+def requirements() -> Iterator["Finding"]:
     """The installed version of each package that this one requires."""
     from packaging.requirements import Requirement
 
@@ -82,7 +82,7 @@ def requirements() -> Iterator[Finding]:
         yield requirement.name, version + wanted, fits
 
 
-def torch_and_devices() -> Iterator[Finding]:
+def torch_and_devices() -> Iterator["Finding"]:
     """Whether torch and torchvision load together, and what there is to compute with."""
     try:
         import torch
@@ -121,7 +121,7 @@ def torch_and_devices() -> Iterator[Finding]:
     yield "auto", f"device {device}, dtype {dtype}", True
 
 
-def weights() -> Iterator[Finding]:
+def weights() -> Iterator["Finding"]:
     """The weights that travel with the project, with their hashes."""
     for name, folder in BUNDLED.items():
         for part in PARTS:
@@ -134,7 +134,7 @@ def weights() -> Iterator[Finding]:
                 yield what, f"missing: no file {file}", False
 
 
-def optional_weights() -> Iterator[Finding]:
+def optional_weights() -> Iterator["Finding"]:
     """Those that only some settings need, and that are too large to travel with the project."""
     try:
         from maskgit.common import UserError

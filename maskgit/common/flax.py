@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit.common.errors import UserError
+from maskgit.common.pickles import flatten
 from maskgit.common.unpickle import printable
 
 if TYPE_CHECKING:
@@ -24,40 +25,40 @@ NUMBERS = (
 # {CHUNKED: True, "shape": {"0": rows, ...}, "chunks": {"0": flat array, ...}}
 CHUNKED = "__msgpack_chunked_array__"
 # What one file may have. Sizes are taken by msgpack before it sees what they are the sizes of.
-MAPS, ENTRIES, DIMENSIONS, NAME, DEPTH = 100_000, 4096, 32, 1024, 50
+MAPS, ENTRIES, DIMENSIONS, NAME = 100_000, 4096, 32, 1024
 
 
 def read_flax(path: str | Path) -> "dict[str, torch.Tensor]":
     """The arrays of a flax file by their names, joined with "/": "params/encoder/Conv_0/kernel".
 
     What is no array, such as a step's number, is left out. Raises UserError for a file that is
-    damaged or no such file, and for one that asks for more than models do.
+    damaged or no such file, for one that asks for more than models do, and where `flatten` does.
     """
     import msgpack
 
     path, maps = Path(path), 0
 
-    def count(content: dict[str, Any]) -> dict[str, Any]:
+    def mapped(pairs: list[tuple[str, Any]]) -> Any:
         nonlocal maps
         maps += 1
-        if maps > MAPS:
-            raise ValueError(f"more than {MAPS:,} maps")
-        return content
+        content = dict(pairs)
+        if maps > MAPS or len(content) < len(pairs):
+            raise ValueError(f"more than {MAPS:,} maps, or two of one name in a map")
+        return _whole(content) if CHUNKED in content else content
 
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
             content = msgpack.unpackb(
                 whole,
                 ext_hook=_array,
-                object_hook=count,
+                object_pairs_hook=mapped,
                 strict_map_key=True,
                 max_str_len=NAME,
-                max_array_len=DIMENSIONS,
+                max_array_len=0,  # flax writes lists as maps
                 max_map_len=ENTRIES,
             )
         if not isinstance(content, dict):
             raise ValueError("no map of arrays")
-        return _named(content)
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except (
@@ -72,6 +73,7 @@ def read_flax(path: str | Path) -> "dict[str, torch.Tensor]":
             f"{path} is empty, truncated or no file of flax "
             f"({printable(e) or type(e).__name__}): fetch it again"
         ) from None
+    return flatten(content, path, "/")
 
 
 def _array(code: int, content: bytes) -> "torch.Tensor":
@@ -106,20 +108,10 @@ def _shaped(flat: "torch.Tensor", shape: Any) -> "torch.Tensor":
     return flat.view(tuple(shape))
 
 
-def _named(content: dict[str, Any], prefix: str = "", depth: int = 0) -> "dict[str, torch.Tensor]":
-    """The arrays in nested maps, those in chunks put together."""
+def _whole(content: dict[str, Any]) -> "torch.Tensor":
+    """The array in chunks that a map stands for."""
     import torch
 
-    if depth > DEPTH:
-        raise ValueError(f"more than {DEPTH} maps in one another")
-    found = {}
-    for name, value in content.items():
-        if isinstance(value, dict) and CHUNKED in value:
-            chunks, sides = value["chunks"], value["shape"]
-            flat = torch.cat([chunks[str(i)] for i in range(len(chunks))])
-            value = _shaped(flat, [sides[str(i)] for i in range(len(sides))])
-        if isinstance(value, torch.Tensor):
-            found[f"{prefix}{name}"] = value
-        elif isinstance(value, dict):
-            found.update(_named(value, f"{prefix}{name}/", depth + 1))
-    return found
+    chunks, sides = content["chunks"], content["shape"]
+    flat = torch.cat([chunks[str(i)] for i in range(len(chunks))])
+    return _shaped(flat, [sides[str(i)] for i in range(len(sides))])

@@ -21,7 +21,9 @@ from maskgit.common.unpickle import cut, printable, unpickle
 if TYPE_CHECKING:
     import torch
 
-MOST = 1_000_000  # names in nested dicts: a pickle can hold one dict a billion times
+# Items in nested dicts (a pickle can hold one dict a billion times), and the length of a name.
+MOST, LONGEST = 1_000_000, 1000
+SMALL = range(MOST)  # the numbers that can be part of a name
 
 
 def read_torch(path: str | Path) -> Any:
@@ -50,26 +52,50 @@ def read_torch(path: str | Path) -> Any:
         ) from None
 
 
-def flatten(content: Any) -> "dict[str, torch.Tensor]":
-    """The tensors in nested dicts, by their names joined with dots."""
+def flatten(
+    content: Any, where: str | Path = "this file", joint: str = "."
+) -> "dict[str, torch.Tensor]":
+    """The tensors in nested dicts, by their names, joined with dots or another `joint`.
+
+    Raises UserError, which tells `where`, for dicts that are nested too deep and for tensors whose
+    names are no text (or small numbers), too long, or the same.
+    """
     import torch
 
     found: dict[str, torch.Tensor] = {}
     seen = 0
 
-    def walk(content: Any, prefix: str, depth: int) -> None:
+    def walk(content: Any, parts: tuple[Any, ...]) -> None:
         nonlocal seen
         seen += len(content)
-        if depth > 50 or seen > MOST:
-            raise UserError(f"{prefix[:40]}... is nested too deep: this file holds no model")
-        for name, value in content.items():
+        if len(parts) > 50 or seen > MOST:
+            raise UserError(f"{where}: dicts are nested too deep for a model: fetch it again")
+        for key, value in content.items():
             if isinstance(value, torch.Tensor):
-                found[f"{prefix}{name}"] = value
+                name = _joined((*parts, key), where, joint)
+                if name in found:
+                    raise UserError(f"{where} has two tensors {name}: fetch it again")
+                found[name] = value
             elif isinstance(value, dict):
-                walk(value, f"{prefix}{name}.", depth + 1)
+                walk(value, (*parts, key))
 
-    walk(content, "", 0)
+    walk(content, ())
     return found
+
+
+def _joined(parts: tuple[Any, ...], where: str | Path, joint: str) -> str:
+    """A tensor's name from the keys of the dicts around it."""
+    texts = [
+        str(part)
+        for part in parts
+        if (type(part) is str and part.isprintable()) or (type(part) is int and part in SMALL)
+    ]
+    if len(texts) < len(parts) or sum(map(len, texts)) + len(texts) > LONGEST:
+        raise UserError(
+            f"{where} has tensors whose names are no text of at most {LONGEST} letters: fetch it "
+            "again"
+        )
+    return joint.join(texts)
 
 
 class Archive:
@@ -78,7 +104,10 @@ class Archive:
     def __init__(self, path: Path, content: mmap.mmap) -> None:
         self.path, self.content = path, content
         with zipfile.ZipFile(path) as file:
-            self.records = {info.filename: info for info in file.infolist()}
+            listed = file.infolist()
+        self.records = {info.filename: info for info in listed}
+        if len(self.records) < len(listed):
+            raise zipfile.BadZipFile("two records of one name")
         pickles = [name for name in self.records if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise zipfile.BadZipFile(f"{len(pickles)} records data.pkl")

@@ -1,9 +1,10 @@
-"""The tensors of a file that somebody published, of any format; nothing in it is executed."""
+"""The tensors of a file that somebody published, of any format; nothing in it is executed. And a
+model of ours made of them, strictly."""
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from maskgit.common.errors import UserError
 from maskgit.common.flax import read_flax
@@ -13,26 +14,34 @@ from maskgit.common.unpickle import printable
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+M = TypeVar("M", bound="nn.Module")
 # Where a training checkpoint has its weights: the first of these, and of these in that.
 WEIGHTS = ("ema", "model", "state_dict", "model_state_dict")
 WRAPPERS = ("module.", "_orig_mod.")  # begin the names of parallel and of compiled models
 MAPS = (*range(0x81, 0x90), 0xDE, 0xDF)  # the first byte of a msgpack that is a map, not empty
+LISTED = 8  # names of a kind in an error
 
 
 def read_tensors(path: str | Path) -> "dict[str, torch.Tensor]":
     """The tensors of a safetensors file, of one of torch's or TorchScript's, or of flax's.
 
     The content says which it is, not the name. Of a training checkpoint come the weights, the
-    averaged ones if it has them; names are without the prefixes of wrappers. Raises UserError for
-    a file of another format, a damaged one, one without tensors, and one that would run code.
+    averaged ones if it has them; names are without the prefixes of wrappers. All of them have
+    numbers, and together at most twice the bytes of the file: one can stand there under two names.
+    Raises UserError for a file of another format, a damaged one, one without tensors, and one that
+    would run code.
     """
     path = Path(path)
     tensors = FORMATS[file_format(path)](path)
-    if not all(name.isprintable() for name in tensors):
-        raise UserError(f"{path} has tensors whose names are no text: fetch it again")
     if not tensors:
         raise UserError(f"{path} holds no tensors: pass the file with the weights")
+    empty = [name for name, tensor in tensors.items() if 0 in tensor.shape]
+    if empty:
+        raise UserError(f"{path} has tensors without numbers ({listed(empty)}): fetch it again")
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * path.stat().st_size:
+        raise UserError(f"{path} has the same numbers under many names: it holds no model")
     return tensors
 
 
@@ -60,19 +69,19 @@ def file_format(path: Path) -> str:
 def _torch(path: Path) -> "dict[str, torch.Tensor]":
     content = read_torch(path)
     while isinstance(content, dict) and not isinstance(content, Record):
-        inner = next((content[key] for key in WEIGHTS if _weights(content.get(key))), None)
+        inner = next((content[key] for key in WEIGHTS if _weights(content.get(key), path)), None)
         if inner is None:
             break
         content = inner
     if not isinstance(content, dict):
         kind = printable(type(content).__name__)
         raise UserError(f"{path} holds a {kind}, not the tensors of a model")
-    return unwrapped(flatten(content), path)
+    return unwrapped(flatten(content, path), path)
 
 
-def _weights(content: Any) -> bool:
+def _weights(content: Any, path: Path) -> bool:
     """Whether there are tensors in a dict, or in dicts in it."""
-    return isinstance(content, dict) and bool(flatten(content))
+    return isinstance(content, dict) and bool(flatten(content, path))
 
 
 def unwrapped(tensors: "Mapping[str, torch.Tensor]", path: Path) -> "dict[str, torch.Tensor]":
@@ -88,7 +97,76 @@ def unwrapped(tensors: "Mapping[str, torch.Tensor]", path: Path) -> "dict[str, t
 
 
 FORMATS = {
-    "safetensors": lambda path: unwrapped(load_state(path), path),
+    "safetensors": lambda path: unwrapped(flatten(load_state(path), path), path),
     "torch": _torch,
     "flax": read_flax,
 }
+
+
+def skeleton(what: str, make: Callable[[], M]) -> M:
+    """A model without numbers, which takes no memory and no time; UserError, which begins with
+    `what` it is, where it has more of them than can be counted."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return make()
+    except RuntimeError:
+        raise UserError(f"{what}: of these shapes it would be too large: fetch it again") from None
+
+
+def check(
+    what: str,
+    expected: "Mapping[str, torch.Tensor | None]",
+    found: "Mapping[str, torch.Tensor]",
+    spelt: Mapping[str, str] | None = None,
+) -> None:
+    """UserError that lists what the tensors of a file lack, or have beside what is expected.
+
+    what: what the file is. expected: tensors of these shapes, None where any will do. spelt: what
+    a name is called in the file, where that differs.
+    """
+    pairs = [(name, found[name], expected[name]) for name in expected if name in found]
+    wrong = {
+        "missing": [name for name in expected if name not in found],
+        "of another shape": [
+            x for x, one, own in pairs if own is not None and one.shape != own.shape
+        ],
+        "not of floating point": [x for x, one, _ in pairs if not one.is_floating_point()],
+        "left over": [name for name in found if name not in expected],
+    }
+    told = [
+        f"{len(names)} {kind} ({listed([(spelt or {}).get(name, name) for name in names])})"
+        for kind, names in wrong.items()
+        if names
+    ]
+    if told:
+        raise UserError(
+            f"{what}, but of its tensors {', '.join(told)}: fetch the file again, and pass it as "
+            "it was published"
+        )
+
+
+def listed(names: list[str]) -> str:
+    """The first of some names."""
+    more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
+    return ", ".join(names[:LISTED] + more)
+
+
+def fill(
+    what: str,
+    model: M,
+    names: Mapping[str, str],
+    found: "Mapping[str, torch.Tensor]",
+    spelt: Mapping[str, str] | None = None,
+) -> M:
+    """Copy tensors into a `skeleton`, which is then in fp32 and eval mode.
+
+    names: those in `found` by the model's own. Raises UserError as `check` does, before any memory
+    is taken.
+    """
+    own = model.state_dict()
+    check(what, {theirs: own[ours] for ours, theirs in names.items()}, found, spelt)
+    model.to_empty(device=next(iter(found.values())).device)
+    model.load_state_dict({ours: found[theirs] for ours, theirs in names.items()})
+    return model.eval()

@@ -3,7 +3,8 @@
 A pickle can call any function that it names, so this reader knows a handful of names that make
 tensors and containers, and refuses a file with any other. What a TorchScript archive says of its
 own classes becomes a `Record`, attributes and no code, and so does what a training checkpoint keeps
-beside its weights: settings and counters of Lightning, argparse, OmegaConf, and NumPy's numbers.
+beside its weights: settings and counters of Lightning, argparse, OmegaConf, dates, and NumPy's
+numbers and arrays.
 """
 
 import io
@@ -34,14 +35,18 @@ STORAGES = {
     "CharStorage": "int8",
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
 }
 LISTS = ("int", "double", "bool", "tensor")
-# The classes of others that are read as Records: those of these modules, by a class's usual name,
-# and single ones. No module is imported for them.
+# What is read as Records: the classes of these modules, by a class's usual name, and single names.
+# No module is imported for them.
 INERT = re.compile(r"(pytorch_lightning|lightning(_fabric|_lite)?|omegaconf)(\.\w+)*:[A-Z]\w*")
 BUILTINS = (
     "bool",
+    "bytearray",
     "bytes",
+    "complex",
     "dict",
     "float",
     "int",
@@ -55,10 +60,12 @@ BUILTINS = (
 INERT_NAMES = {
     *(("argparse", "Namespace"), ("numpy", "dtype"), ("_codecs", "encode"), ("typing", "Any")),
     *(("collections", "Counter"), ("collections", "defaultdict"), ("pathlib", "PosixPath")),
-    *(("torch", "device"), *((f"numpy.{x}.multiarray", "scalar") for x in ("core", "_core"))),
+    *(("torch", "device"), ("torch.serialization", "_get_layout"), ("numpy", "ndarray")),
+    *((f"numpy.{x}.multiarray", y) for x in ("core", "_core") for y in ("scalar", "_reconstruct")),
+    *(("datetime", name) for name in ("date", "datetime", "time", "timedelta", "timezone")),
     *((module, name) for module in ("builtins", "__builtin__") for name in BUILTINS),
 }
-LARGEST = 1 << 25  # bytes of a pickle; a model of 100,000 tensors has some 20 MB
+LARGEST = 1 << 24  # bytes of a pickle; a model of 50,000 tensors has some 10 MB
 # What a pickle that no torch wrote makes the unpickler stumble over.
 STUMBLES = (
     *(pickle.UnpicklingError, struct.error, EOFError, LookupError, OverflowError),
@@ -128,14 +135,14 @@ class Reader(pickle._Unpickler):
 
     def __init__(self, source: Source, file: io.BytesIO) -> None:
         super().__init__(file, encoding="utf-8")
-        self.source = source
+        self.source, self.file, self.copies = source, file, 0
 
     def find_class(self, module: str, name: str) -> Any:
         import torch
 
         own = module == "__torch__" or module.startswith("__torch__.")
         if own or INERT.fullmatch(f"{module}:{name}") or (module, name) in INERT_NAMES:
-            return type(name, (Record,), {})
+            return Record
         if module in ("torch", "torch.storage") and name in STORAGES:
             return getattr(torch, STORAGES[name])
         if module == "torch" and name.replace("Tensor", "Storage") in STORAGES:  # before 0.2
@@ -143,12 +150,12 @@ class Reader(pickle._Unpickler):
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
         allowed = {
-            ("collections", "OrderedDict"): _ordered,
-            ("torch", "Size"): torch.Size,
+            ("collections", "OrderedDict"): self.ordered,
+            ("torch", "Size"): self.size,
             ("torch._utils", "_rebuild_tensor"): self.tensor,  # before 0.4
             ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
             ("torch._utils", "_rebuild_parameter"): _first,
-            **{("torch.jit._pickle", f"build_{kind}list"): list for kind in LISTS},
+            **{("torch.jit._pickle", f"build_{kind}list"): _first for kind in LISTS},
             ("torch.jit._pickle", "restore_type_tag"): _first,
         }
         if (module, name) not in allowed:
@@ -173,9 +180,13 @@ class Reader(pickle._Unpickler):
 
     def tensor(self, storage: "torch.Tensor", offset: int, size: Any, stride: Any, *_: Any) -> Any:
         """What `torch._utils._rebuild_tensor_v2` makes, inside its storage."""
-        size, stride = tuple(size), tuple(stride)
+        if storage.ndim != 1 or not storage.is_contiguous():
+            raise UserError(f"{self.source.path}: a tensor of which another one is made")
         if len(size) > 64:
             raise UserError(f"{self.source.path}: a tensor of {len(size)} dimensions")
+        size, stride = tuple(size), tuple(stride)
+        if any(type(n) is not int or n.bit_length() > 63 for n in (offset, *size, *stride)):
+            raise UserError(f"{self.source.path}: a tensor of other sides than torch has")
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if min((offset, *size, *stride)) < 0 or math.prod(size) > len(storage):
             last = -1
@@ -194,7 +205,25 @@ class Reader(pickle._Unpickler):
         stack: list[Any] = self.stack  # type: ignore[attr-defined]
         state, target = stack.pop(), stack[-1]
         if isinstance(target, Record) and isinstance(state, dict):
-            target.update(state)
+            target.update(self.copied(state))
+
+    def copied(self, items: Any) -> Any:
+        """`items`, to be copied: no more of them in all than there are bytes of the pickle so far,
+        as a few bytes can name a long list once more."""
+        self.copies += len(items)
+        if self.copies > self.file.tell():
+            raise pickle.UnpicklingError("little that stands for much")
+        return items
+
+    def ordered(self, items: Any = ()) -> OrderedDict[Any, Any]:
+        found: OrderedDict[Any, Any] = OrderedDict()
+        _fill(found, [part for key, value in self.copied(items) for part in (key, value)])
+        return found
+
+    def size(self, sides: Any = ()) -> "torch.Size":
+        import torch
+
+        return torch.Size(self.copied(sides))
 
     def load_setitem(self) -> None:
         stack: list[Any] = self.stack  # type: ignore[attr-defined]
@@ -226,16 +255,12 @@ class Reader(pickle._Unpickler):
 def _fill(target: Any, items: list[Any]) -> None:
     """Give a dict its items. Tuples of tuples are no keys: a few bytes describe one that takes
     forever to hash."""
+    if not isinstance(target, dict):
+        raise pickle.UnpicklingError("items of what is no dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
             raise pickle.UnpicklingError("a dict by nested tuples")
         target[key] = value
-
-
-def _ordered(items: Any = ()) -> OrderedDict[Any, Any]:
-    found: OrderedDict[Any, Any] = OrderedDict()
-    _fill(found, [part for key, value in items for part in (key, value)])
-    return found
 
 
 def _first(value: Any, *_: Any) -> Any:
