@@ -88,18 +88,21 @@ class Fused:
 
     def __call__(self, x: Tensor, at: Tensor | None) -> Tensor:
         """x (B, n, D); from the positions at (B, m), None for all, to all -> (B, m, D)."""
-        if at is None:
-            q, k, v = F.linear(x, self.weight, self.bias).chunk(3, -1)
-        else:
-            cut = [self.inner, 2 * self.inner]
-            (ask, tell), bias = self.weight.split(cut), (None, None)
-            bias = bias if self.bias is None else self.bias.split(cut)
-            q, (k, v) = F.linear(take(x, at), ask, bias[0]), F.linear(x, tell, bias[1]).chunk(2, -1)
+        q, k, v = self.project(x, at)
         if self.qk_norm:
             q, k = (F.rms_norm(t, t.shape[-1:], eps=1e-5) for t in (q, k))
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, m, d)
         return self.out(rearrange(x, "b h n d -> b n (h d)"))
+
+    def project(self, x: Tensor, at: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries at the positions, keys and values at all."""
+        if at is None:
+            return F.linear(x, self.weight, self.bias).chunk(3, -1)
+        cut = [self.inner, 2 * self.inner]
+        ask, tell = self.weight.split(cut)
+        asks, tells = (None, None) if self.bias is None else self.bias.split(cut)
+        return F.linear(take(x, at), ask, asks), *F.linear(x, tell, tells).chunk(2, -1)
 
 
 class Net:
