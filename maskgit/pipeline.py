@@ -20,6 +20,7 @@ from maskgit.common import UserError, pick
 from maskgit.common.device import pick_device, pick_dtype
 from maskgit.common.folder import FORMAT_VERSION, find, read_json, write_json
 from maskgit.decode import OnStep, decode
+from maskgit.fast import fast, stamp
 from maskgit.guidance import guided
 from maskgit.model import MaskGIT
 from maskgit.orders import ORDERS
@@ -58,6 +59,7 @@ class Pipeline:
         if labels and len(labels) != config.num_classes:
             raise UserError(f"{len(labels)} labels for a model of {config.num_classes} classes")
         self.vqgan, self.transformer = vqgan.eval(), transformer.eval()
+        self._fast: tuple[Any, MaskGIT] | None = None
         self.labels = [str(name) for name in labels or range(config.num_classes)]
         self.sampling, self.presets = dict(sampling or {}), dict(presets or {})
         self.showcase = self.label_ids(self.sampling.get("showcase", []))
@@ -253,6 +255,13 @@ class Pipeline:
             raise UserError("this model was trained without label dropout: it needs a class")
         return ids
 
+    def fast(self) -> MaskGIT:
+        """The transformer as decoding needs it (see `maskgit.fast`), made anew after changes."""
+        current = stamp(self.transformer)
+        if self._fast is None or self._fast[0] != current:
+            self._fast = current, fast(self.transformer)
+        return self._fast[1]
+
     def _decode(self, tokens: Tensor, ids: Sequence[int | None], **options: Any) -> Tensor:
         """Fill in the masked ones of `tokens` (B, N), and render the images (B, 3, H, W)."""
         config = self.transformer.config
@@ -260,7 +269,7 @@ class Pipeline:
         classless = all(i is None for i in ids)
         labels = None if classless else torch.tensor(numbers, device=self.device)
         scale, shape = options.pop("guidance"), options.pop("guidance_schedule")
-        function = guided(self.transformer, labels, scale, shape)
+        function = guided(self.fast(), labels, scale, shape)
         options |= {name: options[name] or None for name in ("top_k", "top_p")}
         order = pick(ORDERS, options.pop("order"), "order")(config.grid, options["seeds"])
         return self.render(decode(function, tokens, config.mask_id, order=order, **options))

@@ -100,13 +100,16 @@ def unpickle(
     """The object pickled at `start`, and where its pickle ends; UserError if it is damaged, or
     has more than `most` bytes."""
     file = io.BytesIO(content[start : start + most])
+    reader = Reader(source, file)
     try:
-        return Reader(source, file).load(), start + file.tell()
+        return reader.load(), start + file.tell()
     except STUMBLES as error:
         reason = printable(error) or type(error).__name__
         raise UserError(
             f"{source.path}: its pickle is damaged ({reason}): fetch the file again"
         ) from None
+    finally:
+        vars(reader).clear()  # it refers to itself, and so would keep all that it has read
 
 
 def cut(source: Source, key: str, stored: "torch.Tensor", kind: "torch.dtype", count: int) -> Any:

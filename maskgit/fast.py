@@ -1,0 +1,267 @@
+"""The transformer as decoding needs it: the same logits, sooner. Nothing here is for training.
+
+`fast(model)` is a MaskGIT to be called in place of `model`. What it does otherwise:
+
+- queries, keys and values are one product, as are gate and up; large results are overwritten;
+- what depends on the class alone, the modulations of adaptive norms, is computed once a decoding;
+- on a processor, an image of masks alone is computed once a class, and kept for later batches;
+- on a processor, the last block asks and the head answers only where tokens are masked. Logits at
+  known positions, which no decoder reads, are 0 where any image of the batch has some;
+- on a processor, a batch is taken in parts whose widest activations fit its cache.
+
+Which tokens are masked is looked at on a processor alone: elsewhere that would be a wait for it.
+
+Shapes: B images, N tokens, n = N and those that are no image's, D width, m positions asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from maskgit.model import Attention, MaskGIT, MaskGITConfig, ModernBlock, OfficialBlock
+
+CACHE = 2**24  # bytes of the widest activations of the images that are computed together
+KEPT = 2**28  # bytes of logits of masks alone that are kept
+
+
+def fast(model: MaskGIT) -> MaskGIT:
+    """`model`, for inference: same config, checks and logits, but for those of known positions,
+    which may be 0. It has copies of some weights: after a change of the model's, make it anew.
+
+    What is compiled, or no plain MaskGIT, is given back as it is.
+    """
+    if type(model) is not MaskGIT or model._compiled_call_impl is not None:
+        return model
+    result = MaskGIT.__new__(MaskGIT)
+    nn.Module.__init__(result)
+    result.config = model.config
+    net: Any = NETS[model.config.architecture](model.config, model.net)
+    result.net = net  # no module: it owns no weights
+    return result.eval()
+
+
+def stamp(model: nn.Module) -> list[tuple[int, int, torch.dtype]]:
+    """Something else after each change of a model's weights."""
+    return [(p.data_ptr(), p._version, p.dtype) for p in model.parameters()]
+
+
+def rows(at: Tensor, n: int) -> Tensor:
+    """Positions (B, m) of n, as row numbers (B m,) of the images' tokens one after the other."""
+    return (at + n * torch.arange(len(at), device=at.device)[:, None]).flatten()
+
+
+def take(x: Tensor, at: Tensor | None) -> Tensor:
+    """The rows of x (B, n, D) at positions (B, m), or all of them."""
+    if at is None:
+        return x
+    return x.flatten(0, 1).index_select(0, rows(at, x.shape[1])).view(*at.shape, x.shape[-1])
+
+
+def spread(values: Tensor, at: Tensor | None, n: int) -> Tensor:
+    """Values (B, m, K) at positions (B, m) of n, and 0 at the others -> (B, n, K)."""
+    if at is None:
+        return values
+    result = values.new_zeros(len(values), n, values.shape[-1])
+    result.flatten(0, 1).index_copy_(0, rows(at, n), values.flatten(0, 1))
+    return result
+
+
+def joined(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, or None, of the one layer that computes what all of these do."""
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    biased = layers[0].bias is not None
+    return weight, torch.cat([layer.bias.detach() for layer in layers]) if biased else None
+
+
+class Fused:
+    """Attention with one product for queries, keys and values."""
+
+    def __init__(self, layer: Attention) -> None:
+        self.heads, self.qk_norm, self.out = layer.heads, layer.qk_norm, layer.out
+        self.inner = layer.query.out_features
+        self.weight, self.bias = joined(layer.query, layer.key, layer.value)
+
+    def __call__(self, x: Tensor, at: Tensor | None) -> Tensor:
+        """x (B, n, D); from the positions at (B, m), None for all, to all -> (B, m, D)."""
+        q, k, v = self.project(x, at)
+        if self.qk_norm:
+            q, k = (F.rms_norm(t, t.shape[-1:], eps=1e-5) for t in (q, k))
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, m, d)
+        return self.out(rearrange(x, "b h n d -> b n (h d)"))
+
+    def project(self, x: Tensor, at: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries at the positions, keys and values at all."""
+        if at is None:
+            return F.linear(x, self.weight, self.bias).chunk(3, -1)
+        cut = [self.inner, 2 * self.inner]
+        ask, tell = self.weight.split(cut)
+        asks, tells = (None, None) if self.bias is None else self.bias.split(cut)
+        return F.linear(take(x, at), ask, asks), *F.linear(x, tell, tells).chunk(2, -1)
+
+
+class Net:
+    """What both architectures have in common: which images and positions are computed, and when.
+
+    A condition is what a network wants to know of the labels, (B, ...), and computes of them alone.
+    """
+
+    widest: int  # numbers a token in the widest activations
+    extra: int  # tokens that are no image's
+
+    def __init__(self, config: MaskGITConfig) -> None:
+        self.config, self.codes = config, config.codebook_size
+        self.first: dict[int, Tensor] = {}  # label -> logits (N, K) of masks alone
+        self.last: tuple[Tensor, Tensor] | None = None  # labels, their condition
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Tokens (B, N), labels (B,) -> logits (B, N, K)."""
+        if not tokens.is_cpu:
+            return self.compute(tokens, self.condition(labels), None)
+        masked = tokens == self.codes
+        if len(tokens) and masked.all():
+            return self.of_masks(tokens, labels)
+        return self.in_parts(tokens, self.known(labels), places(masked))
+
+    def of_masks(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """The logits of images of masks alone: computed once a class."""
+        asked = labels.tolist()
+        new = [label for label in dict.fromkeys(asked) if label not in self.first]
+        found = {label: self.first[label] for label in asked if label not in new}
+        if new:
+            condition = self.condition(labels.new_tensor(new))
+            logits = self.in_parts(tokens[: len(new)], condition, None)
+            found |= zip(new, map(torch.clone, logits), strict=True)  # each is freed by itself
+        room = max(1, KEPT // next(iter(found.values())).nbytes)
+        self.first = dict(list({**self.first, **found}.items())[-room:])
+        return torch.stack([found[label] for label in asked])
+
+    def known(self, labels: Tensor) -> Tensor:
+        """The condition, which is the same at all steps of a decoding."""
+        last = self.last
+        if last is None or not torch.equal(last[0], labels):
+            last = self.last = labels.clone(), self.condition(labels)
+        return last[1]
+
+    def in_parts(self, tokens: Tensor, condition: Tensor, at: Tensor | None) -> Tensor:
+        """Compute as many images together as fit the cache. at: positions (B, m), None for all."""
+        bytes_of_one = (self.extra + tokens.shape[1]) * self.widest * condition.element_size()
+        count = -(-len(tokens) // max(1, CACHE // bytes_of_one))
+        if count <= 1:
+            return self.compute(tokens, condition, at)
+        size = -(-len(tokens) // count)  # parts as equal as can be
+        spots = [None] * len(tokens) if at is None else at.split(size)
+        parts = zip(tokens.split(size), condition.split(size), spots, strict=False)
+        return torch.cat([self.compute(*part) for part in parts])
+
+    def condition(self, labels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def compute(self, tokens: Tensor, condition: Tensor, at: Tensor | None) -> Tensor:
+        """Logits (B, N, K) at positions (B, m), and 0 at the others; None for all."""
+        raise NotImplementedError
+
+
+def places(masked: Tensor) -> Tensor | None:
+    """The positions (B, m) of the masked tokens of each image, and some others for an image that
+    has fewer of them than the rest; None where one is masked all over."""
+    most = int(masked.sum(1).max()) if len(masked) else 0
+    order = masked.byte().argsort(dim=1, descending=True, stable=True)
+    return None if most == masked.shape[1] else order[:, :most]
+
+
+class FastOfficial(Net):
+    """`Official`. The condition is the class's own token."""
+
+    extra = 1
+
+    def __init__(self, config: MaskGITConfig, net: Any) -> None:
+        super().__init__(config)
+        self.net, self.widest = net, config.hidden
+        self.attention = [Fused(block.attention) for block in net.blocks]
+
+    def condition(self, labels: Tensor) -> Tensor:
+        return F.embedding(labels, self.net.token_embedding.weight[self.codes : -1])  # (B, D)
+
+    def compute(self, tokens: Tensor, condition: Tensor, at: Tensor | None) -> Tensor:
+        net, n = self.net, tokens.shape[1]
+        table = net.token_embedding.weight
+        x = net.token_embedding(torch.where(tokens == self.codes, len(table) - 1, tokens))
+        x = torch.cat([condition[:, None], x], 1)  # (B, 1 + N, D)
+        x = net.embedding_norm(x + net.position_embedding)
+        inner = x.new_empty(x.shape[0] * x.shape[1], self.widest)
+        last = len(net.blocks) - 1
+        for i, (block, attention) in enumerate(zip(net.blocks, self.attention, strict=True)):
+            asked = at + 1 if i == last and at is not None else None
+            x = block.norm1(take(x, asked).add(attention(x, asked)))
+            x = block.norm2(self.feed(block, x, inner).add_(x))
+        x = x[:, 1:] if at is None else x
+        x = net.head_norm(F.gelu(net.head(x), approximate="tanh"))
+        return spread(F.linear(x, table[: self.codes], net.head_bias[: self.codes]), at, n)
+
+    def feed(self, block: OfficialBlock, x: Tensor, inner: Tensor) -> Tensor:
+        """The feed-forward layer of a block, computed in the rows of `inner`."""
+        rows = x.flatten(0, 1)
+        up = torch.addmm(block.up.bias, rows, block.up.weight.t(), out=inner[: len(rows)])
+        return block.down(torch.ops.aten.gelu_(up, approximate="tanh")).view_as(x)
+
+
+class FastModern(Net):
+    """`Modern`. The condition is, for each block, 6 modulations, and 2 for the head: (B, 6 blocks
+    + 2, D). A norm's own weight is part of its scale."""
+
+    def __init__(self, config: MaskGITConfig, net: Any) -> None:
+        super().__init__(config)
+        self.net, self.extra, self.widest = net, config.registers, 2 * config.hidden
+        self.attention = [Fused(block.attention) for block in net.blocks]
+        self.gate_up = [joined(block.mlp.gate, block.mlp.up)[0] for block in net.blocks]
+
+    def condition(self, labels: Tensor) -> Tensor:
+        net = self.net
+        c = F.silu(net.label_embedding(labels))
+        parts = []
+        for block in net.blocks:
+            shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c).chunk(6, -1)
+            scale1, scale2 = block.norm1.weight * (1 + scale1), block.norm2.weight * (1 + scale2)
+            parts += [shift1, scale1, gate1, shift2, scale2, gate2]
+        shift, scale = net.modulation(c).chunk(2, -1)
+        parts += [shift + net.norm.bias * (1 + scale), net.norm.weight * (1 + scale)]
+        return torch.stack(parts, 1)
+
+    def compute(self, tokens: Tensor, condition: Tensor, at: Tensor | None) -> Tensor:
+        net, n = self.net, tokens.shape[1]
+        x = net.token_embedding(tokens) + net.position_embedding  # (B, N, D)
+        x = torch.cat([x, net.registers.expand(len(x), -1, -1)], 1)  # (B, N + registers, D)
+        inner = x.new_empty(x.shape[0] * x.shape[1], self.widest)
+        *steered, shift, scale = condition[:, :, None].unbind(1)  # (B, 1, D) each
+        last = len(net.blocks) - 1
+        for i, (block, attention) in enumerate(zip(net.blocks, self.attention, strict=True)):
+            asked = at if i == last else None
+            shift1, scale1, gate1, shift2, scale2, gate2 = steered[6 * i : 6 * i + 6]
+            y = attention(steer(x, scale1, shift1), asked)
+            x = torch.addcmul(take(x, asked), gate1, y)
+            y = self.feed(block, self.gate_up[i], steer(x, scale2, shift2), inner)
+            x = torch.addcmul(x, gate2, y)
+        x = steer(x[:, :n] if at is None else x, scale, shift)
+        weight, bias = net.token_embedding.weight, net.head_bias
+        return spread(F.linear(x, weight[: self.codes], bias[: self.codes]), at, n)
+
+    def feed(self, block: ModernBlock, weight: Tensor, x: Tensor, inner: Tensor) -> Tensor:
+        """The feed-forward layer of a block, computed in the rows of `inner`."""
+        rows = x.flatten(0, 1)
+        gate, up = torch.mm(rows, weight.t(), out=inner[: len(rows)]).chunk(2, -1)
+        return block.mlp.down(F.silu(gate, inplace=True).mul_(up)).view_as(x)
+
+
+def steer(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x (B, n, D) / RMS(x) * scale + shift."""
+    return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], eps=1e-5), scale)
+
+
+NETS = {"modern": FastModern, "official": FastOfficial}

@@ -1,0 +1,167 @@
+"""The benchmarks count right, and compare right; how fast anything is, no test says."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn import functional as F
+
+from benchmarks import compare, sampling, shares, startup
+from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.machine import (
+    Shapes,
+    all_convolutions,
+    best_product,
+    count_flops,
+    measure,
+    peak_memory,
+    reset_peak,
+)
+from maskgit import MaskGIT, MaskGITConfig
+from maskgit.fast import fast
+
+CONFIG = MaskGITConfig(32, 5, [4, 6], "official", width=48, depth=2, heads=4)
+
+
+@pytest.fixture
+def linear():
+    weight, bias = torch.randn(20, 30), torch.randn(20)
+    return lambda: [F.linear(torch.randn(2, 5, 30), weight, bias) for _ in range(3)]
+
+
+def convolve():
+    return F.conv2d(torch.randn(2, 4, 8, 6), torch.randn(5, 4, 3, 3), stride=2, padding=1)
+
+
+def test_flops_are_those_of_the_shapes(linear):
+    assert count_flops(linear) == 3 * 2 * 10 * 30 * 20
+    assert count_flops(convolve) == 2 * 2 * 5 * 4 * 3 * 3 * 4 * 3
+    q = torch.randn(1, 4, 24, 8)
+    assert count_flops(lambda: F.scaled_dot_product_attention(q, q, q)) == 4 * 4 * 24 * 24 * 8
+
+
+def test_shapes_are_those_that_run(linear):
+    with Shapes() as shapes:
+        linear()
+        convolve()
+    assert shapes.products == {(10, 30, 20, torch.float32, torch.device("cpu")): 3}
+    [((x, weight, stride, padding, *_), times)] = shapes.convolutions.items()
+    assert (x, weight, stride, padding, times) == ((2, 4, 8, 6), (5, 4, 3, 3), (2, 2), (1, 1), 1)
+
+
+@torch.no_grad()
+def test_the_official_transformer_runs_the_products_that_its_formula_says():
+    model = MaskGIT(CONFIG).eval()
+    tokens, labels = torch.full((1, 24), 32), torch.tensor([1])
+    n, d, depth, hidden = 25, 48, 2, 4 * 48
+    blocks = depth * (2 * n * d * (4 * d + 2 * hidden) + 4 * n * n * d)
+    head = 2 * 24 * d * (d + 32)
+    for function in model, fast(model):
+        assert count_flops(partial(function, tokens, labels)) == blocks + head
+
+
+def test_a_row_holds_all_repeats_and_their_limit(linear):
+    calls = []
+    row = measure("so", linear, 4, before=lambda: calls.append(0))
+    assert len(row["seconds"]) == len(row["processor_seconds"]) == 4 and len(calls) == 5
+    assert row["flops"] == count_flops(linear)
+    assert row["rate"] == row["flops"] / row["median"]
+    assert min(row["seconds"]) <= row["median"] <= max(row["seconds"])
+    assert row["limit"] > 0 and row["ratio"] > 0 and row["memory"] > 0
+    assert measure("so", convolve, 1, all_convolutions)["ratio"] > 0
+    assert "ratio" not in measure("so", convolve, 1, None)
+    sampling.show([row, {"what": "bare", "seconds": [1.0], "median": 1.0}])
+
+
+def test_the_limit_is_the_best_of_the_products():
+    with Shapes() as shapes:
+        F.linear(torch.randn(300, 300), torch.randn(300, 300))
+        F.linear(torch.randn(1, 2), torch.randn(2, 2))
+    both = best_product(shapes)()
+    del shapes.products[300, 300, 300, torch.float32, torch.device("cpu")]
+    assert both.wall > best_product(shapes)().wall
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux")
+def test_a_peak_of_memory_is_seen():
+    reset_peak()
+    before = peak_memory()
+    torch.ones(2**24)  # 64 MB
+    assert peak_memory() > before + 32
+
+
+def test_each_part_that_is_left_out_leaves_the_tokens_as_they_are():
+    for config in (CONFIG, MaskGITConfig(32, 5, [4, 6], width=48, depth=2, heads=4)):
+        model = MaskGIT(config).eval()
+        quick, labels = fast(model), torch.tensor([1, 1, 3])
+        expected = sampling.sampled(model, labels, 2.0)()
+        for left_out in shares.PARTS.values():
+            with left_out():
+                sampling.forget(quick)
+                assert torch.equal(sampling.sampled(quick, labels, 2.0)(), expected)
+
+
+def test_shares_are_measured_in_turns():
+    rows = list(shares.shares("tiny", MaskGIT(CONFIG), 2, 0, 2))
+    assert len(rows) == len(shares.PARTS) + 2
+    assert rows[0]["share"] == 1 and all(len(row["seconds"]) == 2 for row in rows)
+
+
+def written(path, **rows):
+    """A made result: seconds by name."""
+    listed = [
+        {"what": what, "seconds": seconds, "median": sorted(seconds)[len(seconds) // 2]}
+        for what, seconds in rows.items()
+    ]
+    listed.append({"what": "a row of another kind", "value": 1})
+    path.write_text(json.dumps({"rows": listed, "processor": path.stem, "threads": 2}))
+    return str(path)
+
+
+def test_compare_tells_what_became_slower_by_more_than_the_noise(tmp_path, capsys):
+    old = written(tmp_path / "old.json", a=[1, 1.1, 1.2], b=[1, 2, 3], c=[2, 2.1, 2.2], gone=[1])
+    new = written(tmp_path / "new.json", a=[1.3, 1.4, 9], b=[2, 2.5, 4], c=[1, 1.1, 1.9], come=[1])
+    assert compare.compare(compare.load(old), compare.load(new)) == [
+        ("a", 1.4 / 1.1, "slower"),
+        ("b", 1.25, "within the noise"),
+        ("c", 1.1 / 2.1, "faster"),
+        ("gone", None, "only in the old one"),
+        ("come", None, "only in the new one"),
+    ]
+    assert main(["compare", old, new]) == 1
+    said = capsys.readouterr().out
+    assert said.endswith("not the same processor: old and new\nslower: a\n")
+    assert main(["compare", old, old]) == 0
+    assert capsys.readouterr().out.endswith("nothing is slower by more than the noise\n")
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    (tmp_path / "none.json").write_text("[]")
+    for words, part in (
+        (["samplin"], "sampling"),
+        (["compare", "a"], "two files"),
+        (["compare", str(tmp_path / "no"), str(tmp_path / "no")], "no"),
+        (["compare", str(tmp_path / "none.json"), str(tmp_path / "none.json")], "no result"),
+    ):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("error: ") and part in said
+
+
+def test_help_names_each_benchmark():
+    command = [sys.executable, "-m", "benchmarks", "--help"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(name in said for name in BENCHMARKS)
+
+
+@pytest.mark.slow
+def test_the_stages_of_the_command_make_up_its_time(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rows = {row["what"].strip(): row for row in startup.run(1)}
+    stages = [row["median"] for what, row in rows.items() if what.startswith("of which")]
+    assert len(stages) == len(startup.STAGES) and min(stages) > 0
+    assert sum(stages) == pytest.approx(rows["sample --num 1"]["median"])
