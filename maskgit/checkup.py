@@ -56,8 +56,10 @@ def check_folder(folder: Path) -> Iterator[Finding]:
         except UserError as error:
             yield SOURCE, str(error), False
         else:
-            yield from _hashes(folder, source["files"])
-            yield from _sources(source["parts"], there)
+            listed = {*source["parts"], *(name.partition("/")[0] for name in source["files"])}
+            added = [kind for kind in there if kind not in listed] if source["parts"] else []
+            yield from _hashes(folder, source["files"], added)
+            yield from _sources(source["parts"], there, added)
     else:
         yield SOURCE, "none, so no hashes to compare with", True
     if not there:
@@ -94,8 +96,9 @@ def _inside(name: str) -> bool:
     return name.isprintable() and not {"", ".", ".."} & set(name.split("/"))
 
 
-def _hashes(folder: Path, files: dict[str, str]) -> Iterator[Finding]:
-    """One line if all files are as they were written, else one for each that is not."""
+def _hashes(folder: Path, files: dict[str, str], added: list[str]) -> Iterator[Finding]:
+    """One line if all files are as they were written, else one for each that is not. added: parts
+    of the folder that were put beside those that were imported."""
     wrong = 0
     for name, recorded in files.items():
         path = folder / name
@@ -106,7 +109,7 @@ def _hashes(folder: Path, files: dict[str, str]) -> Iterator[Finding]:
             wrong += 1
             yield name, f"sha256 {file_hash(path)}, and {recorded} was written", False
     for name in written(folder):
-        if name not in files and _read_with_it(name):
+        if name not in files and _read_with_it(name) and name.partition("/")[0] not in added:
             wrong += 1
             yield name, f"{SOURCE} has no hash of it: remove it, or import the model again", False
     if files and not wrong:
@@ -119,14 +122,18 @@ def _read_with_it(name: str) -> bool:
     return top in PARTS if rest else name.endswith((".json", ".safetensors")) and name not in OTHERS
 
 
-def _sources(parts: dict[str, dict[str, str]], there: list[str]) -> Iterator[Finding]:
+def _sources(
+    parts: dict[str, dict[str, str]], there: list[str], added: list[str]
+) -> Iterator[Finding]:
     """Where each part came from, and whether it is the published file."""
     for kind, part in parts.items():
         about = f"{part['family']}, from {part['file']}, sha256 {part['sha256']}"
         known = identity(part["file"], part["sha256"])
         yield f"source of {kind}", f"{about}; {part['licence']}; {known}", True
     for kind in PARTS:
-        if (kind in parts) != (kind in there):
+        if kind in added:
+            yield f"source of {kind}", "put beside what was imported, so no hash to compare", True
+        elif (kind in parts) != (kind in there):
             where = ("folder", SOURCE) if kind in there else (SOURCE, "folder")
             yield f"source of {kind}", f"in the {where[0]} and not in the {where[1]}", False
 
