@@ -196,7 +196,8 @@ def test_two_thousand_steps_take_no_more_memory_threads_or_files(task, tmp_path)
     seen = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
     warm = [numbers for step, *numbers in seen if 400 <= step < 800]
     late = [numbers for step, *numbers in seen if step >= 1600]
-    resident, threads, files = (max(column) for column in zip(*warm, strict=True))
+    resident, threads, _ = (max(column) for column in zip(*warm, strict=True))
     assert max(numbers[0] for numbers in late) < 1.02 * resident, seen
     assert max(numbers[1] for numbers in late) <= threads, seen
-    assert max(numbers[2] for numbers in late) <= files, seen
+    # TensorBoard's thread opens its file for each write, at some looks and not at others.
+    assert min(numbers[2] for numbers in late) <= min(numbers[2] for numbers in warm), seen
