@@ -16,6 +16,7 @@ Shapes: B images, N tokens, n = N and those that are no image's, D width, m posi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class Fused:
         return F.linear(take(x, at), ask, asks), *F.linear(x, tell, tells).chunk(2, -1)
 
 
-class Net:
+class Net(ABC):
     """What both architectures have in common: which images and positions are computed, and when.
 
     A condition is what a network wants to know of the labels, (B, ...), and computes of them alone.
@@ -160,12 +161,13 @@ class Net:
         parts = zip(tokens.split(size), condition.split(size), spots, strict=False)
         return torch.cat([self.compute(*part) for part in parts])
 
+    @abstractmethod
     def condition(self, labels: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Labels (B,) -> what the network wants to know of them, (B, ...)."""
 
+    @abstractmethod
     def compute(self, tokens: Tensor, condition: Tensor, at: Tensor | None) -> Tensor:
         """Logits (B, N, K) at positions (B, m), and 0 at the others; None for all."""
-        raise NotImplementedError
 
 
 def places(masked: Tensor) -> Tensor | None:

@@ -19,7 +19,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from maskgit.common.errors import RunError, UserError
-from maskgit.common.folder import check_space, naming
+from maskgit.common.folder import check_space, file_hash, naming
 from maskgit.common.progress import meter
 
 TIMEOUT = 10.0  # seconds without an answer, or without a byte
@@ -83,7 +83,7 @@ def _present(path: Path, size: int | None, sha256: str | None) -> str:
     if size is not None and here != size:
         what = f"{here:,} bytes and not the {size:,} of the published file"
         raise UserError(f"{path} has {what}: move it away, to fetch that")
-    if sha256 and _hash(path, "sha256") != sha256:
+    if sha256 and file_hash(path) != sha256:
         raise UserError(f"{path} has not the SHA-256 of the published file: move it away")
     return f"{_checked(path, ('sha256', sha256) if sha256 else None, 'published')}, there already"
 
@@ -218,7 +218,7 @@ def _lock(file: Any, path: Path) -> None:
 
 def _check_hash(partial: Path, path: Path, digest: tuple[str, str] | None) -> None:
     """RunError for a file with another hash, which it puts out of the way of the next attempt."""
-    if digest is None or (found := _hash(partial, digest[0])) == digest[1]:
+    if digest is None or (found := file_hash(partial, digest[0])) == digest[1]:
         return
     wrong = path.with_name(f".{path.name}.wrong")
     partial.replace(wrong)
@@ -226,11 +226,6 @@ def _check_hash(partial: Path, path: Path, digest: tuple[str, str] | None) -> No
         f"{path.name} came with the {HASHES[digest[0]]} {found} and not {digest[1]}: it is kept as "
         f"{wrong}; fetch it again"
     )
-
-
-def _hash(path: Path, algorithm: str) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def _reason(error: Exception) -> str:

@@ -151,10 +151,10 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         raise OSError(errno.ENOSPC, reason, str(folder))
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+def file_hash(path: Path, algorithm: str = "sha256") -> str:
+    """SHA-256 of a file, or its hash by another algorithm of hashlib, in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def build_config(cls: type[C], content: dict[str, Any], where: str | Path) -> C:
