@@ -5,23 +5,29 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from benchmarks import compare
+from benchmarks.table import Row, heading, shown
 from maskgit.common import UserError, pick
 from maskgit.common.folder import write_json
 from maskgit.evaluation.report import environment
 
-# What each measures; the first is what runs where none is named.
+# What each measures; the first ones are what runs where none is named.
 BENCHMARKS = {
-    "sampling": "transformer, tokenizer, start-up, against the machine's rates",
+    "sampling": "the transformer in 8 steps, against the rate of its products",
+    "tokenizer": "tokens to images and back, against the rate of its convolutions",
+    "growth": "cost against tokens, steps and batch",
+    "startup": "`maskgit sample --num 1`, from the start of the process to the file",
+    "training": "a step of each task, and what the loop costs beside it",
+    "stages": "many images from end to end, and what time goes where",
+    "int8": "products in int8: what they gain, and what they change",
     "shares": "what each part of the fast path gains",
     "evaluation": "reading, scoring and statistics, against the bare network",
-    "training": "what the loop costs beside the steps",
 }
+USUAL = list(BENCHMARKS)[:5]
 
 
 def main(words: list[str]) -> int:
@@ -32,8 +38,8 @@ def main(words: list[str]) -> int:
         description=f"{__doc__}\n{told}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", default=["sampling"], help="benchmarks (sampling)")
-    parser.add_argument("--full", action="store_true", help="larger batches too")
+    parser.add_argument("names", nargs="*", default=USUAL, help=f"({' '.join(USUAL)})")
+    parser.add_argument("--full", action="store_true", help="larger batches and grids too")
     args = parser.parse_args(words)
     try:
         if args.names[0] == "compare":
@@ -46,22 +52,29 @@ def main(words: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for name in args.names:
-        print(write(name, measured(name, args.full)))
+        print(measured(name, args.full))
     return 0
 
 
-def measured(name: str, full: bool) -> list[dict[str, Any]]:
-    run: Callable[..., list[dict[str, Any]]] = import_module(f"benchmarks.{name}").run
-    return run(full) if name in ("sampling", "shares") else run()
+def measured(name: str, full: bool) -> Path:
+    """Run a benchmark, tell each row as it comes, and keep what there is by then."""
+    module = import_module(f"benchmarks.{name}")
+    rows: list[Row] = []
+    print(heading(module.COLUMNS), flush=True)
+    for row in module.run(full):
+        print(shown(row, module.COLUMNS), flush=True)
+        rows.append(row)
+        file = write(name, rows)
+    return file
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> Path:
+def write(name: str, rows: Sequence[Row]) -> Path:
     """Keep the rows, and on what they were measured; the file's path."""
     import torch
 
     file = Path("out/benchmarks", f"{name}.json")
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"rows": rows, "threads": torch.get_num_threads(), **environment()})
+    write_json(file, {"rows": list(rows), "threads": torch.get_num_threads(), **environment()})
     return file
 
 

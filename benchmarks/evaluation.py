@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from benchmarks.table import Row, number
 from maskgit.common.device import pick_device
 from maskgit.evaluation.extractors import (
     Extractor,
@@ -28,10 +29,10 @@ from maskgit.evaluation.extractors import (
     wrap_torch_fidelity,
 )
 from maskgit.evaluation.npz import write_npz
-from maskgit.evaluation.report import table
 from maskgit.evaluation.sets import PixelSet, open_pixels
 
 FEW, MANY, BATCH = 1_000, 50_000, 64
+COLUMNS = {"value": number("value")}
 
 
 class Unloaded(FeatureExtractorInceptionV3):
@@ -41,17 +42,15 @@ class Unloaded(FeatureExtractorInceptionV3):
         pass
 
 
-def run() -> list[dict[str, Any]]:
+def run(full: bool = False) -> Iterator[Row]:
     """The rows of the table: bare and whole rates in turns, and memory at both numbers."""
-    rows = rates(open_extractor("emoji", "auto"), open_pixels("emoji"), turns=5)
-    rows += rates(random_inception(), open_pixels("emoji:heldout"), turns=3)
+    yield from rates(open_extractor("emoji", "auto"), open_pixels("emoji"), turns=5)
+    yield from rates(random_inception(), open_pixels("emoji:heldout"), turns=3)
     for count in (FEW, MANY):
-        rows.append({"what": f"peak memory at {count:,} images, MB", "value": peak_memory(count)})
-    table(("what", "value"), [(row["what"], f"{row['value']:.4g}") for row in rows])
-    return rows
+        yield {"what": f"peak memory at {count:,} images, MB", "value": peak_memory(count)}
 
 
-def rates(extractor: Extractor, images: PixelSet, turns: int) -> list[dict[str, Any]]:
+def rates(extractor: Extractor, images: PixelSet, turns: int) -> list[Row]:
     """Medians over some turns of the bare and of the whole rate, and of the one by the other."""
     bare, whole = zip(*(one_turn(extractor, images) for _ in range(turns)), strict=True)
     share = [b / a for a, b in zip(bare, whole, strict=True)]

@@ -1,9 +1,11 @@
 """What this machine can do at most, and what a function takes of it.
 
 FLOPs are counted from the shapes of the products and convolutions that really run, by torch's own
-counter, as `maskgit train --dry-run` does. Each repeat of a function is timed right after the limit
-it is held against: products or convolutions alone, of the shapes that occurred in it. Other
-programs on the machine then slow both. Processor time, of all threads, they slow less.
+counter, as `maskgit train --dry-run` does. The limit of a function, products or convolutions alone,
+of the shapes that occurred in it, is measured right before and right after each of its repeats, so
+that what else slows the machine (on rented ones, there is always something) slows both alike; and
+medians are held against medians: the luckiest try of a limit says more of luck than of the machine.
+Processor time, of all threads, other programs slow less.
 """
 
 import re
@@ -13,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +24,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.table import Row
+
 Function = Callable[[], Any]
 aten = torch.ops.aten
-QUICK = 3  # times that each shape of a limit is tried at each repeat; the best counts
+TRIES = 5  # of each shape of a limit, before and after each repeat; the median counts
 
 
 class Clock(NamedTuple):
@@ -33,9 +38,14 @@ class Clock(NamedTuple):
     processor: float
 
 
+def cuda() -> bool:
+    """Whether a GPU is what is measured."""
+    return torch.cuda.is_available()
+
+
 def wait() -> None:
     """Until a GPU has done what it was told."""
-    if torch.cuda.is_available():
+    if cuda():
         torch.cuda.synchronize()
 
 
@@ -100,45 +110,44 @@ class Rate(NamedTuple):
     processor: float
 
 
+Limit = Callable[[], list[Rate]]  # measures what may be the limit
+
+
 def rate_of(flops: float, clock: Clock) -> Rate:
     return Rate(flops / clock.wall, flops / max(clock.processor, 1e-9))
 
 
-def quickest(function: Function) -> Clock:
-    clocks = [timed(function) for _ in range(QUICK)]
-    return Clock(min(c.wall for c in clocks), min(c.processor for c in clocks))
+def usual(function: Function) -> Clock:
+    """The median of some tries."""
+    clocks = [timed(function) for _ in range(TRIES)]
+    return Clock(*map(statistics.median, zip(*clocks, strict=True)))
 
 
-def best_product(shapes: Shapes) -> Callable[[], Rate]:
-    """The best rate of all the products: none of them runs faster."""
+def products_apart(shapes: Shapes) -> Limit:
+    """The rate of each of the products. The limit is that of the best: none of them runs faster."""
     functions = [product(*key) for key in shapes.products]
     flops = [count_flops(function) for function in functions]
-
-    def limit() -> Rate:
-        rates = [rate_of(n, quickest(f)) for n, f in zip(flops, functions, strict=True)]
-        return Rate(max(r.wall for r in rates), max(r.processor for r in rates))
-
-    return limit
+    return lambda: [rate_of(n, usual(f)) for n, f in zip(flops, functions, strict=True)]
 
 
-def all_convolutions(shapes: Shapes) -> Callable[[], Rate]:
+def all_convolutions(shapes: Shapes) -> Limit:
     """The rate of all the convolutions one after the other, each as often as it occurs."""
 
-    def limit() -> Rate:
+    def limit() -> list[Rate]:
         flops, wall, processor = 0, 0.0, 0.0
         for key, times in shapes.convolutions.items():
             function = convolution(*key)
             flops += times * count_flops(function)
-            clock = quickest(function)
+            clock = usual(function)
             wall, processor = wall + times * clock.wall, processor + times * clock.processor
-        return rate_of(flops, Clock(wall, processor))
+        return [rate_of(flops, Clock(wall, processor))]
 
     return limit
 
 
 def peak_memory() -> float:
     """Megabytes that this process, or the GPU, held at most since `reset_peak`."""
-    if torch.cuda.is_available():
+    if cuda():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
@@ -149,7 +158,7 @@ def peak_memory() -> float:
 
 def reset_peak() -> None:
     """Forget the peak so far, where the system lets one."""
-    if torch.cuda.is_available():
+    if cuda():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -159,35 +168,53 @@ def measure(
     what: str,
     function: Function,
     repeats: int,
-    limit: Callable[[Shapes], Callable[[], Rate]] | None = best_product,
-    before: Function = lambda: None,
-) -> dict[str, Any]:
+    limit: Callable[[Shapes], Limit] | None = products_apart,
+) -> Row:
     """One row: work, the times of all repeats, rate, limit, their ratio, and peak memory.
 
-    `function` runs once more at first, when its work, its shapes and its memory are noted. A ratio
-    is the median of those of the repeats, each with the limit just before it. Without `limit`
-    there are neither rates nor ratios. `before` is called before each run, in nobody's time.
+    `function` runs once more at first, when its work, its shapes and its memory are noted. The
+    limit is the rate with the highest median of those that `limit` measures; a ratio, the median of
+    those of the repeats, each to the limit's mean before and after it. Without `limit` there are
+    neither rates nor ratios.
     """
     shapes = Shapes()
-    before()
     reset_peak()
     with shapes:
         work = count_flops(function)
-    row: dict[str, Any] = {"what": what, "flops": work, "memory": peak_memory()}
-    most = limit(shapes) if limit else None
-    clocks, rates = [], []
+    row: Row = {"what": what, "flops": work, "memory": peak_memory()}
+    most = limit(shapes) if limit else list
+    clocks, rates = [], [most()]
     for _ in range(repeats):
-        rates += [most()] if most else []
-        before()
         clocks.append(timed(function))
+        rates.append(most())
     row["seconds"] = [clock.wall for clock in clocks]
     row["processor_seconds"] = [clock.processor for clock in clocks]
     row["median"] = statistics.median(row["seconds"])
-    if rates:
-        own = [rate_of(work, clock) for clock in clocks]
-        pairs = list(zip(own, rates, strict=True))
+    if limit:
         row["rate"] = work / row["median"]
-        row["limit"] = statistics.median(rate.wall for rate in rates)
-        row["ratio"] = statistics.median(a.wall / b.wall for a, b in pairs)
-        row["ratio_processor"] = statistics.median(a.processor / b.processor for a, b in pairs)
+        row |= compared([rate_of(work, clock) for clock in clocks], rates)
     return row
+
+
+def compared(own: list[Rate], rates: list[list[Rate]]) -> Row:
+    """The limit, and the ratio to it by each clock: own rates, and the others around each."""
+    best = max(zip(*rates, strict=True), key=lambda tried: statistics.median(r.wall for r in tried))
+    row: Row = {"limit": statistics.median(rate.wall for rate in best)}
+    for name, clock in ("ratio", "wall"), ("ratio_processor", "processor"):
+        tried, reached = ([getattr(rate, clock) for rate in some] for some in (best, own))
+        around = [(before + after) / 2 for before, after in pairwise(tried)]
+        row[name] = statistics.median(r / limit for r, limit in zip(reached, around, strict=True))
+    return row
+
+
+def in_turns(what: str, function: Function, other: Function, repeats: int) -> Row:
+    """One row for `function`, and how many times as long as `other` it takes, by the processor's
+    time where there is no GPU: the median over turns, each of both."""
+    clocks, times = [], []
+    for turn in range(repeats + 1):
+        one, two = timed(function), timed(other)
+        if turn:  # the first one warms up
+            clocks.append(one.wall)
+            times.append(one.wall / two.wall if cuda() else one.processor / two.processor)
+    median = statistics.median(clocks)
+    return {"what": what, "seconds": clocks, "median": median, "times": statistics.median(times)}

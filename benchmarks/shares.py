@@ -6,7 +6,7 @@ median over the turns; above 1 it gains. The parts are left out here: the fast p
 
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -15,41 +15,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import Function, timed
-from benchmarks.sampling import GUIDANCE, OFFICIAL, forget, on_device, sampled
+from benchmarks.sampling import GUIDANCE, OFFICIAL, afresh, on_device, sampled
+from benchmarks.table import TIMES, Row, number
 from maskgit import MaskGIT
-from maskgit.evaluation.report import table
-from maskgit.fast import FastModern, FastOfficial, Fused, Net, fast, take
+from maskgit.fast import Fused, Net, Product, fast, take
 
 TURNS = 5
 ALL, PLAIN = "all parts", "none: the plain path"
+COLUMNS = {**TIMES, "share": number("share", form=".3f")}
 
 
-def run(full: bool = False) -> list[dict[str, Any]]:
+def run(full: bool = False) -> Iterator[Row]:
     """Rows for the bundled model, 16 images of 4 classes, guided, and for the official shape."""
-    rows = list(shares("emoji, batch 16", MaskGIT.from_pretrained("emoji"), 16, GUIDANCE, TURNS))
+    yield from shares("emoji, batch 16", MaskGIT.from_pretrained("emoji"), 16, GUIDANCE, TURNS)
     for batch in (1, *([4] * full)):
-        rows += shares(f"official, batch {batch}", MaskGIT(OFFICIAL), batch, 0, TURNS - 2)
-    shown = [(row["what"], f"{row['median']:.4g}", f"{row['share']:.3f}") for row in rows]
-    table(("what", "s", "share"), shown)
-    return rows
+        yield from shares(f"official, batch {batch}", MaskGIT(OFFICIAL), batch, 0, TURNS - 2)
 
 
 @torch.no_grad()
-def shares(
-    name: str, model: MaskGIT, batch: int, scale: float, turns: int
-) -> Iterator[dict[str, Any]]:
+def shares(name: str, model: MaskGIT, batch: int, scale: float, turns: int) -> Iterator[Row]:
     """A row for all parts, for each one left out, and for none."""
     model = on_device(model)
     quick = fast(model)
     labels = torch.arange(batch, device=next(model.parameters()).device) // 4
-    with_fast, plain = sampled(quick, labels, scale), sampled(model, labels, scale)
-    variants: dict[str, tuple[Function, Callable[[], AbstractContextManager[Any]]]]
+    with_fast, plain = afresh(quick, sampled(quick, labels, scale)), sampled(model, labels, scale)
+    with patch("maskgit.fast.by_columns", lambda weight: weight):
+        by_rows = fast(model)
+    variants: dict[str, tuple[Function, Callable[[], Any]]]
     variants = {ALL: (with_fast, nullcontext), PLAIN: (plain, nullcontext)}
     variants |= {f"without: {what}": (with_fast, left_out) for what, left_out in PARTS.items()}
+    rows = afresh(by_rows, sampled(by_rows, labels, scale))
+    variants["without: weights by columns"] = rows, nullcontext
     clocks: dict[str, list[Any]] = {what: [] for what in variants}
     for turn in range(turns + 1):
         for what, (function, left_out) in variants.items():
-            forget(quick)
             with left_out():
                 clock = timed(function)
             if turn:  # the first one warms up
@@ -66,29 +65,21 @@ def shares(
         }
 
 
-def apart(fused: Fused, x: Tensor, at: Tensor | None) -> tuple[Tensor, ...]:
+def apart(fused: Fused, x: Tensor, at: Tensor | None, buffer: Tensor) -> tuple[Tensor, ...]:
     """A product each for queries, keys and values."""
-    biases = [None] * 3 if fused.bias is None else fused.bias.chunk(3)
-    return tuple(map(F.linear, (take(x, at), x, x), fused.weight.chunk(3), biases))
+    asked, tell = [] if fused.ask is None else [fused.ask(take(x, at))], fused.tell
+    parts = 3 - len(asked)
+    biases = [None] * parts if tell.bias is None else tell.bias.chunk(parts)
+    return *asked, *map(F.linear, [x] * parts, tell.weight.chunk(parts), biases)
 
 
-def plain_feed() -> AbstractContextManager[Any]:
-    """The feed-forward layers as the model has them."""
-    modern = patch.object(FastModern, "feed", lambda net, block, weight, x, inner: block.mlp(x))
-    official = patch.object(
-        FastOfficial,
-        "feed",
-        lambda net, block, x, inner: block.down(F.gelu(block.up(x), approximate="tanh")),
-    )
-    stack = ExitStack()
-    stack.enter_context(modern)
-    stack.enter_context(official)
-    return stack
+def no_buffer(product: Product, x: Tensor, buffer: Tensor | None = None) -> Tensor:
+    return F.linear(x, product.weight, product.bias)
 
 
 PARTS = {
     "one product for q, k and v": lambda: patch.object(Fused, "project", apart),
-    "feed-forward in one buffer": plain_feed,
+    "wide results in one buffer": lambda: patch.object(Product, "__call__", no_buffer),
     "modulations once": lambda: patch.object(Net, "known", lambda net, x: net.condition(x)),
     "masks alone once a class": lambda: patch.object(Net, "of_masks", of_masks_each),
     "answers only where asked": lambda: patch("maskgit.fast.places", lambda masked: None),

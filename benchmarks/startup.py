@@ -12,11 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.table import TIMES, Row
+
 STAGES = ("python and the command", "imports", "weights", "network", "PNG")
 END = "the end of the process, after it"
 
 
-def run(repeats: int = 5) -> list[dict[str, Any]]:
+COLUMNS = TIMES
+
+
+def run(full: bool = False, repeats: int = 5) -> list[Row]:
     """A row for the whole, to the file; one for each stage; and one for what comes after it."""
     with tempfile.TemporaryDirectory() as folder:
         runs = [one_run(Path(folder, f"{i}.png")) for i in range(repeats + 1)][1:]  # disk warm

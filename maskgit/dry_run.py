@@ -5,12 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit.common import UserError
 from maskgit.common.device import pick_device
@@ -20,6 +20,7 @@ from maskgit.common.progress import clock
 from maskgit.engine import checkpoint
 from maskgit.engine.data import SPLITS, ImageSet, open_images
 from maskgit.engine.loop import make_accelerator
+from maskgit.engine.speed import flops_of
 from maskgit.engine.state import State
 from maskgit.engine.task import Batch, TrainConfig
 from maskgit.engine.tokenize import make_tokens
@@ -136,17 +137,15 @@ def try_steps(run: Any, state: State, stream: Callable[[int], Iterator[Batch]]) 
     """Update on real batches; UserError where they do not fit into the memory of a GPU."""
     steps = late_steps(run)
     *before, last = steps
-    counter = FlopCounterMode(display=False)
     cuda = state.accelerator.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     batches = stream(steps.start)
     try:
         for step in before:
-            counter.flop_counts.clear()
-            # What is compiled hides its operations from the counter.
-            with counter, torch.compiler.set_stance("force_eager"):
-                state.heed(state.update(next(batches), step))
+            update = partial(state.update, next(batches), step)
+            notes, flops = flops_of(update, run.train.compile)
+            state.heed(notes)
         if run.train.compile:
             state.heed(state.update(next(batches), last))
         begun = time.monotonic()
@@ -161,7 +160,7 @@ def try_steps(run: Any, state: State, stream: Callable[[int], Iterator[Batch]]) 
             f"train.activation_checkpointing=true"
         ) from None
     memory = torch.cuda.max_memory_allocated() if cuda else resident()
-    return Found(counter.get_total_flops() * world(), memory, seconds)
+    return Found(flops * world(), memory, seconds)
 
 
 def resident() -> int:

@@ -3,6 +3,7 @@
 `fast(model)` is a MaskGIT to be called in place of `model`. What it does otherwise:
 
 - queries, keys and values are one product, as are gate and up; large results are overwritten;
+- on a processor, fp32 weights lie as its products read them fastest;
 - what depends on the class alone, the modulations of adaptive norms, is computed once a decoding;
 - on a processor, an image of masks alone is computed once a class, and kept for later batches;
 - on a processor, the last block asks and the head answers only where tokens are masked. Logits at
@@ -24,16 +25,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit.model import Attention, MaskGIT, MaskGITConfig, ModernBlock, OfficialBlock
+from maskgit.int8 import int8_linear
+from maskgit.model import Attention, MaskGIT, MaskGITConfig
 
 CACHE = 2**24  # bytes of the widest activations of the images that are computed together
 KEPT = 2**28  # bytes of logits of masks alone that are kept
 
 
-def fast(model: MaskGIT) -> MaskGIT:
+def fast(model: MaskGIT, int8: bool = False) -> MaskGIT:
     """`model`, for inference: same config, checks and logits, but for those of known positions,
-    which may be 0. It has copies of some weights: after a change of the model's, make it anew.
+    which may be 0. It has copies of weights: after a change of the model's, make it anew.
 
+    int8: the products of the blocks in int8 (see `maskgit.int8`), which changes the logits.
     What is compiled, or no plain MaskGIT, is given back as it is.
     """
     if type(model) is not MaskGIT or model._compiled_call_impl is not None:
@@ -41,7 +44,7 @@ def fast(model: MaskGIT) -> MaskGIT:
     result = MaskGIT.__new__(MaskGIT)
     nn.Module.__init__(result)
     result.config = model.config
-    net: Any = NETS[model.config.architecture](model.config, model.net)
+    net: Any = NETS[model.config.architecture](model.config, model.net, int8)
     result.net = net  # no module: it owns no weights
     return result.eval()
 
@@ -72,38 +75,63 @@ def spread(values: Tensor, at: Tensor | None, n: int) -> Tensor:
     return result
 
 
-def joined(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, or None, of the one layer that computes what all of these do."""
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    biased = layers[0].bias is not None
-    return weight, torch.cat([layer.bias.detach() for layer in layers]) if biased else None
+class Product:
+    """One linear layer that computes what some layers of one input do, one behind the other."""
+
+    def __init__(self, *layers: nn.Linear, int8: bool = False) -> None:
+        weight = torch.cat([layer.weight.detach() for layer in layers])  # (o, i)
+        biased = layers[0].bias is not None
+        self.bias = torch.cat([layer.bias.detach() for layer in layers]) if biased else None
+        self.weight = weight if int8 else by_columns(weight)
+        self.int8 = int8_linear(weight, self.bias) if int8 else None
+        self.outputs = len(weight)
+
+    def __call__(self, x: Tensor, buffer: Tensor | None = None) -> Tensor:
+        """x (..., i) -> (..., o), which lies in the buffer, if there is one and no int8."""
+        if self.int8:
+            return self.int8(x)
+        if buffer is None:
+            return F.linear(x, self.weight, self.bias)
+        rows, weight = x.flatten(0, -2), self.weight.t()
+        out = buffer[: len(rows) * self.outputs].view(len(rows), self.outputs)
+        if self.bias is None:
+            torch.mm(rows, weight, out=out)
+        else:
+            torch.addmm(self.bias, rows, weight, out=out)
+        return out.view(*x.shape[:-1], self.outputs)
+
+
+def by_columns(weight: Tensor) -> Tensor:
+    """The same weight (o, i), on a processor and in fp32 laid out as products read it fastest."""
+    fp32 = weight.is_cpu and weight.dtype == torch.float32
+    return weight.t().contiguous().t() if fp32 else weight
 
 
 class Fused:
-    """Attention with one product for queries, keys and values."""
+    """Attention with one product for queries, keys and values; two in the last block, which may be
+    asked at some positions alone."""
 
-    def __init__(self, layer: Attention) -> None:
-        self.heads, self.qk_norm, self.out = layer.heads, layer.qk_norm, layer.out
-        self.inner = layer.query.out_features
-        self.weight, self.bias = joined(layer.query, layer.key, layer.value)
+    def __init__(self, layer: Attention, last: bool, int8: bool) -> None:
+        self.heads, self.qk_norm = layer.heads, layer.qk_norm
+        self.ask = Product(layer.query, int8=int8) if last else None
+        asked = [] if last else [layer.query]
+        self.tell = Product(*asked, layer.key, layer.value, int8=int8)
+        self.out = Product(layer.out, int8=int8)
 
-    def __call__(self, x: Tensor, at: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, at: Tensor | None, buffer: Tensor) -> Tensor:
         """x (B, n, D); from the positions at (B, m), None for all, to all -> (B, m, D)."""
-        q, k, v = self.project(x, at)
+        q, k, v = self.project(x, at, buffer)
         if self.qk_norm:
             q, k = (F.rms_norm(t, t.shape[-1:], eps=1e-5) for t in (q, k))
         q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, m, d)
         return self.out(rearrange(x, "b h n d -> b n (h d)"))
 
-    def project(self, x: Tensor, at: Tensor | None) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, at: Tensor | None, buffer: Tensor) -> tuple[Tensor, ...]:
         """Queries at the positions, keys and values at all."""
-        if at is None:
-            return F.linear(x, self.weight, self.bias).chunk(3, -1)
-        cut = [self.inner, 2 * self.inner]
-        ask, tell = self.weight.split(cut)
-        asks, tells = (None, None) if self.bias is None else self.bias.split(cut)
-        return F.linear(take(x, at), ask, asks), *F.linear(x, tell, tells).chunk(2, -1)
+        if self.ask is None:
+            return self.tell(x, buffer).chunk(3, -1)
+        return self.ask(take(x, at)), *self.tell(x, buffer).chunk(2, -1)
 
 
 class Net(ABC):
@@ -112,13 +140,25 @@ class Net(ABC):
     A condition is what a network wants to know of the labels, (B, ...), and computes of them alone.
     """
 
-    widest: int  # numbers a token in the widest activations
+    up: list[Product]  # of each block, the first half of its feed-forward layer
     extra: int  # tokens that are no image's
 
-    def __init__(self, config: MaskGITConfig) -> None:
+    def __init__(self, config: MaskGITConfig, blocks: Any, int8: bool) -> None:
         self.config, self.codes = config, config.codebook_size
+        last = len(blocks) - 1
+        self.attention = [Fused(b.attention, i == last, int8) for i, b in enumerate(blocks)]
         self.first: dict[int, Tensor] = {}  # label -> logits (N, K) of masks alone
         self.last: tuple[Tensor, Tensor] | None = None  # labels, their condition
+
+    @property
+    def widest(self) -> int:
+        """Numbers a token in the widest activations."""
+        products = self.attention[0].tell, self.up[0]
+        return max(product.outputs for product in products)
+
+    def buffer(self, x: Tensor) -> Tensor:
+        """Room for the widest activations of the tokens x (B, n, D)."""
+        return x.new_empty(x.shape[0] * x.shape[1] * self.widest)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -183,10 +223,11 @@ class FastOfficial(Net):
 
     extra = 1
 
-    def __init__(self, config: MaskGITConfig, net: Any) -> None:
-        super().__init__(config)
-        self.net, self.widest = net, config.hidden
-        self.attention = [Fused(block.attention) for block in net.blocks]
+    def __init__(self, config: MaskGITConfig, net: Any, int8: bool) -> None:
+        super().__init__(config, net.blocks, int8)
+        self.net = net
+        self.up = [Product(block.up, int8=int8) for block in net.blocks]
+        self.down = [Product(block.down, int8=int8) for block in net.blocks]
 
     def condition(self, labels: Tensor) -> Tensor:
         return F.embedding(labels, self.net.token_embedding.weight[self.codes : -1])  # (B, D)
@@ -197,32 +238,29 @@ class FastOfficial(Net):
         x = net.token_embedding(torch.where(tokens == self.codes, len(table) - 1, tokens))
         x = torch.cat([condition[:, None], x], 1)  # (B, 1 + N, D)
         x = net.embedding_norm(x + net.position_embedding)
-        inner = x.new_empty(x.shape[0] * x.shape[1], self.widest)
-        last = len(net.blocks) - 1
+        buffer = self.buffer(x)
         for i, (block, attention) in enumerate(zip(net.blocks, self.attention, strict=True)):
-            asked = at + 1 if i == last and at is not None else None
-            x = block.norm1(take(x, asked).add(attention(x, asked)))
-            x = block.norm2(self.feed(block, x, inner).add_(x))
+            asked = at + 1 if attention.ask and at is not None else None
+            x = block.norm1(take(x, asked).add(attention(x, asked, buffer)))
+            x = block.norm2(self.feed(i, x, buffer).add_(x))
         x = x[:, 1:] if at is None else x
         x = net.head_norm(F.gelu(net.head(x), approximate="tanh"))
         return spread(F.linear(x, table[: self.codes], net.head_bias[: self.codes]), at, n)
 
-    def feed(self, block: OfficialBlock, x: Tensor, inner: Tensor) -> Tensor:
-        """The feed-forward layer of a block, computed in the rows of `inner`."""
-        rows = x.flatten(0, 1)
-        up = torch.addmm(block.up.bias, rows, block.up.weight.t(), out=inner[: len(rows)])
-        return block.down(torch.ops.aten.gelu_(up, approximate="tanh")).view_as(x)
+    def feed(self, i: int, x: Tensor, buffer: Tensor) -> Tensor:
+        """The feed-forward layer of block i, computed in the buffer."""
+        return self.down[i](torch.ops.aten.gelu_(self.up[i](x, buffer), approximate="tanh"))
 
 
 class FastModern(Net):
     """`Modern`. The condition is, for each block, 6 modulations, and 2 for the head: (B, 6 blocks
     + 2, D). A norm's own weight is part of its scale."""
 
-    def __init__(self, config: MaskGITConfig, net: Any) -> None:
-        super().__init__(config)
-        self.net, self.extra, self.widest = net, config.registers, 2 * config.hidden
-        self.attention = [Fused(block.attention) for block in net.blocks]
-        self.gate_up = [joined(block.mlp.gate, block.mlp.up)[0] for block in net.blocks]
+    def __init__(self, config: MaskGITConfig, net: Any, int8: bool) -> None:
+        super().__init__(config, net.blocks, int8)
+        self.net, self.extra = net, config.registers
+        self.up = [Product(block.mlp.gate, block.mlp.up, int8=int8) for block in net.blocks]
+        self.down = [Product(block.mlp.down, int8=int8) for block in net.blocks]
 
     def condition(self, labels: Tensor) -> Tensor:
         net = self.net
@@ -240,25 +278,23 @@ class FastModern(Net):
         net, n = self.net, tokens.shape[1]
         x = net.token_embedding(tokens) + net.position_embedding  # (B, N, D)
         x = torch.cat([x, net.registers.expand(len(x), -1, -1)], 1)  # (B, N + registers, D)
-        inner = x.new_empty(x.shape[0] * x.shape[1], self.widest)
+        buffer = self.buffer(x)
         *steered, shift, scale = condition[:, :, None].unbind(1)  # (B, 1, D) each
-        last = len(net.blocks) - 1
-        for i, (block, attention) in enumerate(zip(net.blocks, self.attention, strict=True)):
-            asked = at if i == last else None
+        for i, attention in enumerate(self.attention):
+            asked = at if attention.ask else None
             shift1, scale1, gate1, shift2, scale2, gate2 = steered[6 * i : 6 * i + 6]
-            y = attention(steer(x, scale1, shift1), asked)
+            y = attention(steer(x, scale1, shift1), asked, buffer)
             x = torch.addcmul(take(x, asked), gate1, y)
-            y = self.feed(block, self.gate_up[i], steer(x, scale2, shift2), inner)
+            y = self.feed(i, steer(x, scale2, shift2), buffer)
             x = torch.addcmul(x, gate2, y)
         x = steer(x[:, :n] if at is None else x, scale, shift)
         weight, bias = net.token_embedding.weight, net.head_bias
         return spread(F.linear(x, weight[: self.codes], bias[: self.codes]), at, n)
 
-    def feed(self, block: ModernBlock, weight: Tensor, x: Tensor, inner: Tensor) -> Tensor:
-        """The feed-forward layer of a block, computed in the rows of `inner`."""
-        rows = x.flatten(0, 1)
-        gate, up = torch.mm(rows, weight.t(), out=inner[: len(rows)]).chunk(2, -1)
-        return block.mlp.down(F.silu(gate, inplace=True).mul_(up)).view_as(x)
+    def feed(self, i: int, x: Tensor, buffer: Tensor) -> Tensor:
+        """The feed-forward layer of block i, computed in the buffer."""
+        gate, up = self.up[i](x, buffer).chunk(2, -1)
+        return self.down[i](F.silu(gate, inplace=True).mul_(up))
 
 
 def steer(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

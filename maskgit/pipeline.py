@@ -22,6 +22,7 @@ from maskgit.common.folder import FORMAT_VERSION, find, read_json, write_json
 from maskgit.decode import OnStep, decode
 from maskgit.fast import fast, stamp
 from maskgit.guidance import guided
+from maskgit.int8 import check_int8
 from maskgit.model import MaskGIT
 from maskgit.orders import ORDERS
 from maskgit.presets import pick_preset, read_presets
@@ -59,6 +60,7 @@ class Pipeline:
         if labels and len(labels) != config.num_classes:
             raise UserError(f"{len(labels)} labels for a model of {config.num_classes} classes")
         self.vqgan, self.transformer = vqgan.eval(), transformer.eval()
+        self.int8 = False  # whether the fast path's large products are computed in it
         self._fast: tuple[Any, MaskGIT] | None = None
         self.labels = [str(name) for name in labels or range(config.num_classes)]
         self.sampling, self.presets = dict(sampling or {}), dict(presets or {})
@@ -76,11 +78,12 @@ class Pipeline:
     ) -> Pipeline:
         """Load from a folder that `save_pretrained` wrote, a bundled name or a hub id.
 
-        dtype: "fp32", "bf16", "fp16", or "auto" for the one that this hardware is made for.
+        dtype: "fp32", "bf16", "fp16", or "auto" for the one that this hardware is made for; "int8"
+        for that, and int8 in the large products of the transformer, on a processor.
         Raises UserError for a device that is not there, and for a model missing or damaged.
         """
         device = pick_device(device)
-        dtype = pick_dtype(dtype, device)
+        pick_precision(dtype, device)  # what cannot be is told before anything is read
         folder = find(source, revision)
         index = read_json(folder / "model_index.json")
         version = index.get("format_version") if isinstance(index, dict) else None
@@ -113,9 +116,11 @@ class Pipeline:
         """Move to a device; with `dtype`, also compute in it. Returns the pipeline itself.
 
         The codebook stays in fp32, and with fp16 the whole tokenizer, whose activations overflow.
+        With int8 the weights stay as they are, and the fast path has copies in int8.
         """
         device = pick_device(device)
-        dtype = self.dtype if dtype is None else pick_dtype(dtype, device)
+        kept = "int8" if self.int8 else self.dtype
+        dtype, self.int8 = pick_precision(kept if dtype is None else dtype, device)
         self.transformer.to(device, dtype)
         for name, part in self.vqgan.named_children():
             exact = name == "quantizer" or dtype == torch.float16
@@ -257,9 +262,9 @@ class Pipeline:
 
     def fast(self) -> MaskGIT:
         """The transformer as decoding needs it (see `maskgit.fast`), made anew after changes."""
-        current = stamp(self.transformer)
+        current = self.int8, stamp(self.transformer)
         if self._fast is None or self._fast[0] != current:
-            self._fast = current, fast(self.transformer)
+            self._fast = current, fast(self.transformer, self.int8)
         return self._fast[1]
 
     def _decode(self, tokens: Tensor, ids: Sequence[int | None], **options: Any) -> Tensor:
@@ -273,3 +278,11 @@ class Pipeline:
         options |= {name: options[name] or None for name in ("top_k", "top_p")}
         order = pick(ORDERS, options.pop("order"), "order")(config.grid, options["seeds"])
         return self.render(decode(function, tokens, config.mask_id, order=order, **options))
+
+
+def pick_precision(name: str | torch.dtype, device: torch.device) -> tuple[torch.dtype, bool]:
+    """The type called `name`, and whether large products are to be in int8."""
+    if name not in ("int8", torch.int8):
+        return pick_dtype(name, device), False
+    check_int8(device)
+    return pick_dtype("auto", device), True

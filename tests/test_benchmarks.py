@@ -13,14 +13,18 @@ from torch.nn import functional as F
 from benchmarks import compare, sampling, shares, startup
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.machine import (
+    Rate,
     Shapes,
     all_convolutions,
-    best_product,
+    compared,
     count_flops,
+    in_turns,
     measure,
     peak_memory,
+    products_apart,
     reset_peak,
 )
+from benchmarks.table import LIMITS, heading, shown
 from maskgit import MaskGIT, MaskGITConfig
 from maskgit.fast import fast
 
@@ -65,25 +69,48 @@ def test_the_official_transformer_runs_the_products_that_its_formula_says():
 
 
 def test_a_row_holds_all_repeats_and_their_limit(linear):
-    calls = []
-    row = measure("so", linear, 4, before=lambda: calls.append(0))
-    assert len(row["seconds"]) == len(row["processor_seconds"]) == 4 and len(calls) == 5
+    row = measure("so", linear, 4)
+    assert len(row["seconds"]) == len(row["processor_seconds"]) == 4
     assert row["flops"] == count_flops(linear)
     assert row["rate"] == row["flops"] / row["median"]
     assert min(row["seconds"]) <= row["median"] <= max(row["seconds"])
     assert row["limit"] > 0 and row["ratio"] > 0 and row["memory"] > 0
     assert measure("so", convolve, 1, all_convolutions)["ratio"] > 0
     assert "ratio" not in measure("so", convolve, 1, None)
-    sampling.show([row, {"what": "bare", "seconds": [1.0], "median": 1.0}])
 
 
-def test_the_limit_is_the_best_of_the_products():
+def test_a_line_has_the_cells_of_its_columns():
+    row = {"what": "so", "flops": 3e9, "seconds": [1.0, 3.0], "median": 2.0, "ratio": 0.755}
+    cells = heading(LIMITS).split(), shown(row, LIMITS).split()
+    told = dict(zip([name for name in cells[0] if name != "by"], cells[1], strict=True))
+    assert told["what"] == "so" and told["GFLOP"] == "3" and told["ratio"] == "0.76"
+    assert (told["s"], told["spread"], told["MB"]) == ("2", "2", "-")
+
+
+def test_the_limit_is_the_best_of_the_products_around_each_repeat():
+    def rates(*walls):
+        return [Rate(wall, 2 * wall) for wall in walls]
+
+    own = rates(5, 6, 9)
+    row = compared(own, [rates(1, 10), rates(2, 10), rates(90, 20), rates(3, 40)])
+    assert row["limit"] == 15  # of the second: the first was lucky once
+    assert row["ratio"] == row["ratio_processor"] == 6 / 15  # of 5 / 10, 6 / 15, 9 / 30
+
+
+def test_the_rates_are_those_of_all_shapes():
     with Shapes() as shapes:
         F.linear(torch.randn(300, 300), torch.randn(300, 300))
         F.linear(torch.randn(1, 2), torch.randn(2, 2))
-    both = best_product(shapes)()
-    del shapes.products[300, 300, 300, torch.float32, torch.device("cpu")]
-    assert both.wall > best_product(shapes)().wall
+    large, small = products_apart(shapes)()
+    assert large.wall > small.wall
+
+
+def test_turns_tell_how_many_times_as_long_one_takes():
+    def work(times):
+        return lambda: [torch.randn(200, 200) @ torch.randn(200, 200) for _ in range(times)]
+
+    row = in_turns("so", work(40), work(4), 5)
+    assert len(row["seconds"]) == 5 and row["times"] > 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux")
@@ -101,13 +128,13 @@ def test_each_part_that_is_left_out_leaves_the_tokens_as_they_are():
         expected = sampling.sampled(model, labels, 2.0)()
         for left_out in shares.PARTS.values():
             with left_out():
-                sampling.forget(quick)
-                assert torch.equal(sampling.sampled(quick, labels, 2.0)(), expected)
+                again = sampling.afresh(quick, sampling.sampled(quick, labels, 2.0))
+                assert torch.equal(again(), expected)
 
 
 def test_shares_are_measured_in_turns():
     rows = list(shares.shares("tiny", MaskGIT(CONFIG), 2, 0, 2))
-    assert len(rows) == len(shares.PARTS) + 2
+    assert len(rows) == len(shares.PARTS) + 3
     assert rows[0]["share"] == 1 and all(len(row["seconds"]) == 2 for row in rows)
 
 
@@ -161,7 +188,7 @@ def test_help_names_each_benchmark():
 @pytest.mark.slow
 def test_the_stages_of_the_command_make_up_its_time(monkeypatch):
     monkeypatch.chdir(ROOT)
-    rows = {row["what"].strip(): row for row in startup.run(1)}
+    rows = {row["what"].strip(): row for row in startup.run(repeats=1)}
     stages = [row["median"] for what, row in rows.items() if what.startswith("of which")]
     assert len(stages) == len(startup.STAGES) and min(stages) > 0
     assert sum(stages) == pytest.approx(rows["sample --num 1"]["median"])

@@ -53,7 +53,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model computes, on what."""
     parser.add_argument("--model", default="emoji", help="folder, bundled name or hub id (emoji)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16")
+    parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16 or int8")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +97,8 @@ def averaged(source: str) -> bool | None:
 def computed_on(pipe: "Pipeline") -> dict[str, str]:
     """Device and dtype, by the names that the options have for them."""
     names = {name: short for short, name in DTYPES.items()}
-    return {"device": str(pipe.device), "dtype": names[str(pipe.dtype).removeprefix("torch.")]}
+    dtype = "int8" if pipe.int8 else names[str(pipe.dtype).removeprefix("torch.")]
+    return {"device": str(pipe.device), "dtype": dtype}
 
 
 def report(pipe: "Pipeline", count: int, what: str, seconds: float) -> None:

@@ -21,7 +21,8 @@ from maskgit.common.signals import Held, Interrupted, deadly, held
 from maskgit.engine import checkpoint
 from maskgit.engine.data import share_of
 from maskgit.engine.journal import Journal
-from maskgit.engine.state import Notes, State
+from maskgit.engine.speed import Pace, is_counted, machine_rate
+from maskgit.engine.state import FLOPS, Notes, State
 from maskgit.engine.task import Batch, Task, TrainConfig
 
 Sets = dict[str, Callable[[], Iterable[Batch]]]
@@ -64,7 +65,8 @@ def train(
         return None
     last: dict[str, float] = {}
     unheeded: list[Notes] = []
-    pace, saved = Pace(), time.monotonic()
+    pace = Pace(_machine_rate(accelerator, log) if config.log_every > 0 else 0.0)
+    saved = time.monotonic()
     with held() as stop, _journal(run, start, config) as (journal, advance):
         stream = batches(start)
         for step in range(start, config.steps):
@@ -72,7 +74,8 @@ def train(
             todo = due(config, done)
             with pace:
                 batch = _next(stream, state, run, step, unheeded, stop)
-                unheeded.append(state.update(batch, step, late, bool(stop)))
+                update = state.counted if is_counted(step, config.log_every) else state.update
+                unheeded.append(update(batch, step, late, bool(stop)))
                 saved = time.monotonic() if late else saved  # it is asked for once
                 # On a GPU the host is a step ahead, and waits for nothing but the step before;
                 # unless something is to be done with what this one has made.
@@ -81,8 +84,8 @@ def train(
                 logged = state.logged() if "log" in todo else {}
             score = None
             if logged:
-                rate = pace.steps_per_second() * config.batch_size
-                logged |= {f"{unit}_per_second": n * rate for unit, n in task.units.items()}
+                pace.flops = logged.pop(FLOPS, pace.flops)
+                logged |= pace.rates(config.batch_size, task.units)
             if "validate" in todo:
                 heldout = on_main(lambda: _validate(state, validation, stop))
                 score = heldout.get(task.best[0])
@@ -135,6 +138,20 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def precision(accelerator: Accelerator) -> torch.dtype:
+    """What the forward pass computes in."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
+def _machine_rate(accelerator: Accelerator, log: Callable[[str], None]) -> float:
+    """What the machine can do at most in the precision of the forward pass; told to `log`."""
+    dtype = precision(accelerator)
+    rate = machine_rate(accelerator.device, dtype)
+    whose = "this machine's products" if world() == 1 else f"products of {world()} processes"
+    log(f"{whose}: {rate / 1e9:,.0f} GFLOP/s in {'bf16' if dtype == torch.bfloat16 else 'fp32'}")
+    return rate
+
+
 INTERVALS = ("log", "validate", "save", "draw")
 
 
@@ -144,25 +161,6 @@ def due(config: TrainConfig, done: int) -> set[str]:
     every = {name: getattr(config, f"{name}_every") for name in INTERVALS}
     todo = {name for name, n in every.items() if n > 0 and (final or done % n == 0)}
     return todo | {"log", "save"} if final else todo
-
-
-class Pace:
-    """How fast steps are, without what happens between them; `with` surrounds one."""
-
-    def __init__(self) -> None:
-        self.steps, self.seconds = 0, 0.0
-
-    def __enter__(self) -> None:
-        self.since = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        self.steps, self.seconds = self.steps + 1, self.seconds + time.monotonic() - self.since
-
-    def steps_per_second(self) -> float:
-        """Since this was last asked."""
-        rate = self.steps / self.seconds
-        self.steps, self.seconds = 0, 0.0
-        return rate
 
 
 def _next(

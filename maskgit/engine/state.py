@@ -17,7 +17,10 @@ from maskgit.engine import checkpoint
 from maskgit.engine.ema import EMA
 from maskgit.engine.micro import Losses, recompute_blocks, split
 from maskgit.engine.optim import clipped, decay_groups, warmup_cosine
+from maskgit.engine.speed import flops_of
 from maskgit.engine.task import Batch, Logs, Loss, Task, TrainConfig
+
+FLOPS = "flops"  # the name under which a step's are logged, until they become a rate
 
 
 def mixed(seed: int, step: int, rank: int = 0) -> int:
@@ -113,6 +116,13 @@ class State:
             ready.record()
         samples = batch["index"].tolist() if "index" in batch else "unknown"
         return Notes(step, names, together, ready, sound, samples)
+
+    def counted(self, batch: Batch, step: int, save: bool = False, stop: bool = False) -> Notes:
+        """The same as `update`, and its FLOPs, of all processes, are logged."""
+        compiled = self.config.compile
+        notes, flops = flops_of(lambda: self.update(batch, step, save, stop), compiled)
+        self.note({FLOPS: (flops, 1 / world())}, 1.0)  # the mean is over steps, not processes
+        return notes
 
     def updates(self, micro: list[Batch], step: int) -> Iterator[tuple[str, Any]]:
         """Those of the task, with what it computes between them in the forward pass's precision."""

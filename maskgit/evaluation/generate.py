@@ -6,15 +6,18 @@ number of processes makes the same set.
 """
 
 import json
+import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
 from maskgit.common import UserError
 from maskgit.common.folder import free_space, read_json, write_json, write_whole
-from maskgit.common.progress import meter
+from maskgit.common.progress import Advance, meter
 from maskgit.engine.config import differences
 from maskgit.evaluation.protocol import apportion
 from maskgit.evaluation.sets import PixelSet
@@ -102,12 +105,14 @@ def draw(
     """Draw those images that `folder` lacks: image i of class labels[i] with seed `seed` + i.
 
     Returns how many it drew. share: (k, n) draws only every n-th image from the k-th on, as
-    process k of n does.
+    process k of n does. A batch is written, in threads, while the next one is drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mine = range(share[0], len(labels), share[1])
     missing = [i for i in mine if not image_file(folder, i).exists()]
-    with meter(len(mine), "drawing", "images", done=len(mine) - len(missing)) as advance:
+    told = meter(len(mine), "drawing", "images", done=len(mine) - len(missing))
+    with ThreadPoolExecutor(os.cpu_count()) as pool, told as advance:
+        writing: list[Future[None]] = []
         for start in range(0, len(missing), batch_size):
             rows = missing[start : start + batch_size]
             images = pipe.sample(
@@ -121,13 +126,27 @@ def draw(
                     f"of images {rows[0]} to {rows[-1]} some are not finite numbers: "
                     "look at the model's weights, or try --dtype fp32"
                 )
+            _wait(writing, advance)
             for i, picture in zip(rows, to_pictures(images), strict=True):
                 label = labels[i]
                 name = None if label is None else pipe.labels[label]
                 record = {"class": name, "label": label, "seed": seed + i, "settings": settings}
-                write_whole(image_file(folder, i), to_png(picture, record, compress_level=1))
-            advance(len(rows))
+                writing.append(pool.submit(write_image, image_file(folder, i), picture, record))
+        _wait(writing, advance)
     return len(missing)
+
+
+def _wait(writing: list[Future[None]], advance: Advance) -> None:
+    """Until these images are written; raises what went wrong."""
+    for image in writing:
+        image.result()
+    advance(len(writing))
+    writing.clear()
+
+
+def write_image(file: Path, picture: Image, record: dict[str, Any]) -> None:
+    """A PNG that is there whole or not at all, and says what it was drawn by."""
+    write_whole(file, to_png(picture, record, compress_level=1))
 
 
 def image_file(folder: Path, index: int) -> Path:
