@@ -23,7 +23,7 @@ SENSIBLE = (
     *("usage", "discriminator_accuracy", "adversarial_weight"),
 )
 UNITS = {"psnr": "dB"}
-SHARE = re.compile(r"usage|accuracy|top\d|@\d")  # names of what lies between 0 and 1 ...
+SHARE = re.compile(r"usage|accuracy|share|top\d|@\d")  # names of what lies between 0 and 1 ...
 WHOLE = ("usage", "discriminator_accuracy")  # ... and is read against 1
 COLOURS = ("#2f6fb0", "#d1622b", "#3a8f5c", "#8a5fb5", "#b8902a", "#c2497f", "#3f9e9e", "#6b6b6b")
 INK, GRID = "#333333", "#e4e4e4"
