@@ -41,7 +41,7 @@ def run(full: bool = False) -> Iterator[Row]:
 def times(name: str, model: MaskGIT, batches: tuple[int, ...]) -> Iterator[Row]:
     quick, rough = fast(model), fast(model, int8=True)
     for batch in batches:
-        labels = some_labels(model, batch)
+        labels = some_labels(model, batch).cpu()
         usual, other = (afresh(m, sampled(m, labels, 0)) for m in (quick, rough))
         what = f"{name}, batch {batch}, 8 steps, int8 by fp32"
         yield in_turns(what, other, usual, 9 if name == "emoji" else 3)
@@ -55,7 +55,7 @@ def logits(pipes: dict[str, Pipeline]) -> Iterator[Row]:
     generator = torch.Generator().manual_seed(0)
     masked = torch.rand(tokens.shape, generator=generator) < 0.5
     tokens = tokens.masked_fill(masked, exact.transformer.config.mask_id)
-    labels = some_labels(exact.transformer, len(tokens))
+    labels = some_labels(exact.transformer, len(tokens)).cpu()
     answers = {name: widen(pipe.fast()(tokens, labels))[masked] for name, pipe in pipes.items()}
     right = answers.pop("fp32")
     size = (right - right.mean(-1, keepdim=True)).square().mean().sqrt()
@@ -69,8 +69,8 @@ def logits(pipes: dict[str, Pipeline]) -> Iterator[Row]:
 def tokens_and_scores(pipes: dict[str, Pipeline]) -> Iterator[Row]:
     """Whole drawings: tokens that stay the same, distance to the training drawings, top-1."""
     exact, rough, half = (pipes[name] for name in ("fp32", "int8", "bf16"))
-    few = some_labels(exact.transformer, FEW)
-    labels = some_labels(exact.transformer, MANY)
+    few = some_labels(exact.transformer, FEW).cpu()
+    labels = some_labels(exact.transformer, MANY).cpu()
     drawn = {"fp32": drawings(exact, labels, 0), "int8": drawings(rough, labels, 0)}
     for name, tokens in ("int8", drawn["int8"][0]), ("bf16", drawings(half, few, 0)[0]):
         same = (tokens[:FEW] == drawn["fp32"][0][:FEW]).float().mean()
@@ -79,7 +79,7 @@ def tokens_and_scores(pipes: dict[str, Pipeline]) -> Iterator[Row]:
             "value": same.item(),
         }
     drawn["fp32, other seeds"] = drawings(exact, labels, MANY)
-    extractor = open_extractor("emoji", "auto")
+    extractor = open_extractor("emoji", "cpu")
     real = Gaussian(extractor.dim)
     for batch in open_pixels("emoji").batches(FEW):
         real.update(extractor(batch)[0])

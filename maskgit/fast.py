@@ -51,7 +51,9 @@ def fast(model: MaskGIT, int8: bool = False) -> MaskGIT:
 
 def stamp(model: nn.Module) -> list[tuple[int, int, torch.dtype]]:
     """Something else after each change of a model's weights."""
-    return [(p.data_ptr(), p._version, p.dtype) for p in model.parameters()]
+    return [
+        (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in model.parameters()
+    ]
 
 
 def rows(at: Tensor, n: int) -> Tensor:
@@ -79,7 +81,8 @@ class Product:
     """One linear layer that computes what some layers of one input do, one behind the other."""
 
     def __init__(self, *layers: nn.Linear, int8: bool = False) -> None:
-        weight = torch.cat([layer.weight.detach() for layer in layers])  # (o, i)
+        weights = [layer.weight.detach() for layer in layers]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # (o, i)
         biased = layers[0].bias is not None
         self.bias = torch.cat([layer.bias.detach() for layer in layers]) if biased else None
         self.weight = weight if int8 else by_columns(weight)
@@ -173,8 +176,9 @@ class Net(ABC):
     def of_masks(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """The logits of images of masks alone: computed once a class."""
         asked = labels.tolist()
-        new = [label for label in dict.fromkeys(asked) if label not in self.first]
-        found = {label: self.first[label] for label in asked if label not in new}
+        kept = self.first  # another thread may put another one in its place
+        new = [label for label in dict.fromkeys(asked) if label not in kept]
+        found = {label: kept[label] for label in asked if label not in new}
         if new:
             condition = self.condition(labels.new_tensor(new))
             logits = self.in_parts(tokens[: len(new)], condition, None)

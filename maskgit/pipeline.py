@@ -262,7 +262,8 @@ class Pipeline:
 
     def fast(self) -> MaskGIT:
         """The transformer as decoding needs it (see `maskgit.fast`), made anew after changes."""
-        current = self.int8, stamp(self.transformer)
+        compiled = self.transformer._compiled_call_impl is not None
+        current = self.int8, compiled, stamp(self.transformer)
         if self._fast is None or self._fast[0] != current:
             self._fast = current, fast(self.transformer, self.int8)
         return self._fast[1]

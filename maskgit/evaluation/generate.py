@@ -111,7 +111,7 @@ def draw(
     mine = range(share[0], len(labels), share[1])
     missing = [i for i in mine if not image_file(folder, i).exists()]
     told = meter(len(mine), "drawing", "images", done=len(mine) - len(missing))
-    with ThreadPoolExecutor(os.cpu_count()) as pool, told as advance:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool, told as advance:
         writing: list[Future[None]] = []
         for start in range(0, len(missing), batch_size):
             rows = missing[start : start + batch_size]
@@ -140,7 +140,8 @@ def _wait(writing: list[Future[None]], advance: Advance) -> None:
     """Until these images are written; raises what went wrong."""
     for image in writing:
         image.result()
-    advance(len(writing))
+    if writing:
+        advance(len(writing))
     writing.clear()
 
 
