@@ -13,9 +13,9 @@ from torch import Tensor
 from maskgit.common import UserError
 
 # Without instructions made for it (VNNI), a processor adds pairs of products in 16 bits, where two
-# of 8 bits may overflow without a word. With 7 bits on the one side they cannot: from 1 to 127,
-# and 64 is zero.
-LARGEST, ZERO = 63, 64
+# of 8 bits may overflow without a word. With 7 bits for the weights they cannot: 2 * 255 * 64 is
+# below 2 ** 15. A weight has its own scale for each output, and can spare a bit sooner.
+WEIGHT, LARGEST, ZERO = 64, 127, 128
 
 
 def check_int8(device: torch.device) -> None:
@@ -29,7 +29,7 @@ def check_int8(device: torch.device) -> None:
 def int8_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The linear layer of a weight (o, i) and a bias (o,): x (..., i) -> (..., o), as x's type."""
     weight = weight.float()
-    scales = scales_of(weight, 127)
+    scales = scales_of(weight, WEIGHT)
     rounded = (weight / scales).round().to(torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(rounded, None)
     zeros = torch.zeros(len(weight), dtype=torch.int64)
