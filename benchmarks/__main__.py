@@ -5,13 +5,14 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from benchmarks import compare
 from benchmarks.table import Row, heading, shown
 from maskgit.common import UserError, pick
+from maskgit.common.device import cpu_abilities, pick_device, pick_dtype
 from maskgit.common.folder import write_json
 from maskgit.evaluation.report import environment
 
@@ -51,30 +52,33 @@ def main(words: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    about = machine()
+    print(", ".join(f"{name}: {value}" for name, value in about.items() if name != "versions"))
     for name in args.names:
-        print(measured(name, args.full))
+        print(measured(name, args.full, about))
     return 0
 
 
-def measured(name: str, full: bool) -> Path:
-    """Run a benchmark, tell each row as it comes, and keep what there is by then."""
+def machine() -> dict[str, Any]:
+    """What all of it is measured on."""
+    import torch
+
+    dtype = str(pick_dtype("auto", pick_device("auto"))).removeprefix("torch.")
+    able = " ".join(name for name, has in cpu_abilities().items() if has)
+    return {**environment(), "abilities": able, "threads": torch.get_num_threads(), "dtype": dtype}
+
+
+def measured(name: str, full: bool, about: dict[str, Any]) -> Path:
+    """Run a benchmark, tell each row as it comes, and keep what there is by then; the file."""
     module = import_module(f"benchmarks.{name}")
+    file = Path("out/benchmarks", f"{name}.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     print(heading(module.COLUMNS), flush=True)
     for row in module.run(full):
         print(shown(row, module.COLUMNS), flush=True)
         rows.append(row)
-        file = write(name, rows)
-    return file
-
-
-def write(name: str, rows: Sequence[Row]) -> Path:
-    """Keep the rows, and on what they were measured; the file's path."""
-    import torch
-
-    file = Path("out/benchmarks", f"{name}.json")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"rows": list(rows), "threads": torch.get_num_threads(), **environment()})
+        write_json(file, {"rows": rows, **about})
     return file
 
 

@@ -7,10 +7,14 @@ from maskgit.common import UserError
 from maskgit.common.folder import read_json
 from maskgit.evaluation.report import table
 
+FEWEST = 4  # repeats of each: of noise alone, one comparison in 70 is then called slower
+
 
 def verdict(old: list[float], new: list[float]) -> str:
     """What the times of two runs' repeats say: "slower" or "faster" only where all of the one lie
     above all of the other, so that the difference is more than the noise of both."""
+    if min(len(old), len(new)) < FEWEST:
+        return "too few repeats"
     if min(new) > max(old):
         return "slower"
     return "faster" if max(new) < min(old) else "within the noise"
@@ -48,7 +52,7 @@ def run(old: str | Path, new: str | Path) -> bool:
     rows = compare(*results)
     shown = [(what, "-" if r is None else f"{r:.2f}", said) for what, r, said in rows]
     table(("what", "new / old", "verdict"), shown)
-    for name in "processor", "gpu", "threads":
+    for name in "processor", "gpu", "threads", "dtype":
         values = [result.get(name) for result in results]
         if values[0] != values[1]:
             print(f"not the same {name}: {values[0]} and {values[1]}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.machine import in_turns
+from benchmarks.machine import measure
 from benchmarks.sampling import OFFICIAL, afresh, sampled, some_labels
 from benchmarks.table import TIMES, Row, number
 from maskgit import MaskGIT, Pipeline
@@ -20,6 +20,8 @@ from maskgit.evaluation.statistics import Gaussian, frechet
 from maskgit.fast import fast
 
 COLUMNS = {**TIMES, "times": number("times", form=".3f"), "value": number("value")}
+PRECISIONS = "fp32", "int8", "bf16"
+IMAGES = 256  # whose logits are compared
 FEW, MANY = 99, 990  # drawings: one of each class, and ten
 
 
@@ -31,9 +33,7 @@ def run(full: bool = False) -> Iterator[Row]:
         ("official", MaskGIT(OFFICIAL), (1, 4)),
     ):
         yield from times(name, model.eval(), batches)
-    pipes = {
-        name: Pipeline.from_pretrained("emoji", "cpu", name) for name in ("fp32", "int8", "bf16")
-    }
+    pipes = {name: Pipeline.from_pretrained("emoji", "cpu", name) for name in PRECISIONS}
     yield from logits(pipes)
     yield from tokens_and_scores(pipes)
 
@@ -42,14 +42,14 @@ def times(name: str, model: MaskGIT, batches: tuple[int, ...]) -> Iterator[Row]:
     quick, rough = fast(model), fast(model, int8=True)
     for batch in batches:
         labels = some_labels(model, batch).cpu()
-        usual, other = (afresh(m, sampled(m, labels, 0)) for m in (quick, rough))
+        usual, other = (afresh(m, sampled(m, labels)) for m in (quick, rough))
         what = f"{name}, batch {batch}, 8 steps, int8 by fp32"
-        yield in_turns(what, other, usual, 9 if name == "emoji" else 3)
+        yield measure(what, other, limit=None, against=usual)
 
 
 def logits(pipes: dict[str, Pipeline]) -> Iterator[Row]:
     """Root mean square of the logits' error, by that of the logits about their mean; half-way."""
-    images = torch.cat(list(open_pixels("emoji").batches(FEW)))[:256].float() / 255
+    images = torch.cat(list(open_pixels("emoji").batches(FEW)))[:IMAGES].float() / 255
     exact = pipes["fp32"]
     tokens = exact.vqgan.encode(images).flatten(1)
     generator = torch.Generator().manual_seed(0)

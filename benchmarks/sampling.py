@@ -5,12 +5,13 @@ executed; what skipping work gains shows in the seconds, against the rows of the
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.machine import Function, in_turns, measure
+from benchmarks.machine import Function, cuda, measure
 from benchmarks.table import LIMITS, Row
 from maskgit import MaskGIT, MaskGITConfig, decode, guided
 from maskgit.common.device import pick_device, pick_dtype
@@ -24,46 +25,49 @@ COLUMNS = LIMITS
 
 @torch.no_grad()
 def run(full: bool = False) -> Iterator[Row]:
-    """The rows of the table. full: the official shape at 16 and 64 too, which without matrix units
-    takes long."""
+    """The rows of the table. full: all of the official shape also where it takes long, which is
+    where there are no matrix units."""
     emoji = on_device(MaskGIT.from_pretrained("emoji"))
     for batch in 1, 4, 16, 64:
-        yield against_the_machine("emoji", emoji, batch, repeats=5)
+        yield from unguided_and_guided("emoji", emoji, batch)
     for batch in 1, 16:
-        yield from other_ways("emoji", emoji, batch, repeats=5)
+        yield from other_ways("emoji", emoji, batch)
     official = on_device(MaskGIT(OFFICIAL))
-    more = (16, 64) if full or torch.cuda.is_available() else ()
-    for batch in 1, 4, *more:
-        yield against_the_machine("official", official, batch, repeats=3)
-    yield from other_ways("official", official, 4 if more else 1, repeats=2)
+    whole = full or cuda() or next(official.parameters()).dtype != torch.float32
+    for batch in (1, 4, 16, 64, *((256,) if cuda() else ())) if whole else (1, 4):
+        yield from unguided_and_guided("official", official, batch, whole or batch == 1)
+    yield from other_ways("official", official, 4 if whole else 1)
 
 
-def against_the_machine(name: str, model: MaskGIT, batch: int, repeats: int) -> Row:
-    quick = fast(model)
-    function = afresh(quick, sampled(quick, some_labels(model, batch), 0))
-    return measure(f"{name}, batch {batch}, 8 steps", function, repeats)
-
-
-def other_ways(name: str, model: MaskGIT, batch: int, repeats: int) -> Iterator[Row]:
-    """Guidance, the sampler alone and the plain path, and how many times as long as the fast path
-    without guidance each takes."""
+def unguided_and_guided(
+    name: str, model: MaskGIT, batch: int, guided: bool = True
+) -> Iterator[Row]:
     quick, labels = fast(model), some_labels(model, batch)
-    kept = sampled(quick, labels, 0)
+    usual = afresh(quick, sampled(quick, labels))
+    yield measure(f"{name}, batch {batch}, 8 steps", usual)
+    if guided:
+        function = afresh(quick, sampled(quick, labels, GUIDANCE))
+        yield measure(f"{name}, batch {batch}, 8 steps, guided", function, against=usual)
+
+
+def other_ways(name: str, model: MaskGIT, batch: int) -> Iterator[Row]:
+    """The sampler alone, one pass, guidance at some steps, the plain path, and what is kept."""
+    quick, labels = fast(model), some_labels(model, batch)
+    kept = sampled(quick, labels)
     usual = afresh(quick, kept)
-    some = "interval:0.5-0.9"  # 4 of the 8
-    ways = {
-        "sampler alone": alone(model, labels),
-        "guided": afresh(quick, sampled(quick, labels, GUIDANCE)),
-        "guided at 4 of them": afresh(quick, sampled(quick, labels, GUIDANCE, some)),
-        "plain path": sampled(model, labels, 0),
-    }
+    some = sampled(quick, labels, GUIDANCE, "interval:0.5-0.9")
+    half = torch.arange(model.config.tokens, device=labels.device) % 2 * model.config.mask_id
+    what = f"{name}, batch {batch}"
+    yield measure(f"{what}, one pass", partial(quick, half.expand(batch, -1), labels))
+    ways = {"guided at 4 of them": afresh(quick, some), "plain path": sampled(model, labels)}
     if next(model.parameters()).dtype != torch.float32:
-        exact = MaskGIT(model.config).eval().to(labels.device)
-        ways["plain path in fp32"] = sampled(exact, labels, 0)
+        ways["plain path in fp32"] = sampled(MaskGIT(model.config).eval().to(labels.device), labels)
     for way, function in ways.items():
-        yield in_turns(f"{name}, batch {batch}, 8 steps, {way}", function, usual, repeats)
+        yield measure(f"{what}, 8 steps, {way}", function, against=usual)
+    sampler = alone(model, labels)
+    yield measure(f"{what}, 8 steps, sampler alone", sampler, limit=None, against=usual)
     kept()
-    yield measure(f"{name}, batch {batch}, 8 steps, of classes drawn before", kept, repeats)
+    yield measure(f"{what}, 8 steps, of classes drawn before", kept, against=usual)
 
 
 def on_device(model: MaskGIT) -> MaskGIT:
@@ -71,12 +75,14 @@ def on_device(model: MaskGIT) -> MaskGIT:
     return model.eval().to(device, pick_dtype("auto", device))
 
 
-def sampled(model: Any, labels: Tensor, scale: float, schedule: str = "constant") -> Function:
-    """Decoding in 8 steps, from masks alone."""
+def sampled(
+    model: Any, labels: Tensor, scale: float = 0, schedule: str = "constant", steps: int = 8
+) -> Function:
+    """Decoding from masks alone."""
     config = model.config
     tokens = labels.new_full((len(labels), config.tokens), config.mask_id)
     function, seeds = guided(model, labels, scale, schedule), list(range(len(labels)))
-    return lambda: decode(function, tokens, config.mask_id, steps=8, seeds=seeds)
+    return lambda: decode(function, tokens, config.mask_id, steps=steps, seeds=seeds)
 
 
 def afresh(model: Any, function: Function) -> Function:

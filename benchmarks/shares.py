@@ -1,7 +1,7 @@
 """What each part of the fast path gains: sampling with all of them, and with all but one.
 
-All are measured in turns. A share is the processor time without the part by that with it, the
-median over the turns; above 1 it gains. The parts are left out here: the fast path has no switches.
+All are measured in turns. A share is the time without the part by that with it, the median over
+the turns; above 1 it gains. The parts are left out here: the fast path has no switches.
 """
 
 import statistics
@@ -18,9 +18,10 @@ from benchmarks.machine import Function, timed
 from benchmarks.sampling import GUIDANCE, OFFICIAL, afresh, on_device, sampled
 from benchmarks.table import TIMES, Row, number
 from maskgit import MaskGIT
-from maskgit.fast import Fused, Net, Product, fast, take
+from maskgit.fast import Fused, Net, fast, take
+from maskgit.products import Product
 
-TURNS = 5
+TURNS = 7
 ALL, PLAIN = "all parts", "none: the plain path"
 COLUMNS = {**TIMES, "share": number("share", form=".3f")}
 
@@ -29,7 +30,7 @@ def run(full: bool = False) -> Iterator[Row]:
     """Rows for the bundled model, 16 images of 4 classes, guided, and for the official shape."""
     yield from shares("emoji, batch 16", MaskGIT.from_pretrained("emoji"), 16, GUIDANCE, TURNS)
     for batch in (1, *([4] * full)):
-        yield from shares(f"official, batch {batch}", MaskGIT(OFFICIAL), batch, 0, TURNS - 2)
+        yield from shares(f"official, batch {batch}", MaskGIT(OFFICIAL), batch, 0, TURNS)
 
 
 @torch.no_grad()
@@ -39,29 +40,27 @@ def shares(name: str, model: MaskGIT, batch: int, scale: float, turns: int) -> I
     quick = fast(model)
     labels = torch.arange(batch, device=next(model.parameters()).device) // 4
     with_fast, plain = afresh(quick, sampled(quick, labels, scale)), sampled(model, labels, scale)
-    with patch("maskgit.fast.by_columns", lambda weight: weight):
+    with patch("maskgit.products.by_columns", lambda weight: weight):
         by_rows = fast(model)
     variants: dict[str, tuple[Function, Callable[[], Any]]]
     variants = {ALL: (with_fast, nullcontext), PLAIN: (plain, nullcontext)}
     variants |= {f"without: {what}": (with_fast, left_out) for what, left_out in PARTS.items()}
     rows = afresh(by_rows, sampled(by_rows, labels, scale))
     variants["without: weights by columns"] = rows, nullcontext
-    clocks: dict[str, list[Any]] = {what: [] for what in variants}
+    seconds: dict[str, list[float]] = {what: [] for what in variants}
     for turn in range(turns + 1):
         for what, (function, left_out) in variants.items():
             with left_out():
-                clock = timed(function)
+                taken = timed(function)
             if turn:  # the first one warms up
-                clocks[what].append(clock)
-    for what, own in clocks.items():
-        pairs = zip(own, clocks[ALL], strict=True)
-        seconds = [clock.wall for clock in own]
+                seconds[what].append(taken)
+    for what, own in seconds.items():
+        pairs = zip(own, seconds[ALL], strict=True)
         yield {
             "what": f"{name}, {what}",
-            "seconds": seconds,
-            "median": statistics.median(seconds),
-            "processor_seconds": [clock.processor for clock in own],
-            "share": statistics.median(a.processor / b.processor for a, b in pairs),
+            "seconds": own,
+            "median": statistics.median(own),
+            "share": statistics.median(without / all_parts for without, all_parts in pairs),
         }
 
 

@@ -25,7 +25,6 @@ LIMITS: Columns = {
     "GFLOP/s": number("rate", 1e9, ".0f"),
     "limit": number("limit", 1e9, ".0f"),
     "ratio": number("ratio", form=".2f"),
-    "by processor": number("ratio_processor", form=".2f"),
     "MB": number("memory", form=".0f"),
     "times": number("times", form=".3f"),
 }

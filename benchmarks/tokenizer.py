@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.machine import all_convolutions, measure
+from benchmarks.machine import all_convolutions, cuda, measure
 from benchmarks.table import LIMITS, Row
 from maskgit.common.device import pick_device, pick_dtype
 from vqgan import VQGAN, VQGANConfig
@@ -17,7 +17,7 @@ COLUMNS = LIMITS
 @torch.no_grad()
 def run(full: bool = False) -> Iterator[Row]:
     """The rows of the table. full: larger batches too."""
-    more = (16, 64) if full or torch.cuda.is_available() else ()
+    more = (16, 64) if full or cuda() else ()
     yield from rows("tokenizer at 256", VQGAN(VQGANConfig()), 16, (1, 4, *more[:1]))
     yield from rows("emoji", VQGAN.from_pretrained("emoji"), 8, (1, 16, *more[1:]))
 
@@ -26,7 +26,7 @@ def rows(name: str, vqgan: VQGAN, side: int, batches: tuple[int, ...]) -> Iterat
     """Grids of side x side tokens, decoded and tokenized."""
     device = pick_device("auto")
     vqgan.eval().to(device, pick_dtype("auto", device)).quantizer.float()
-    take = partial(measure, repeats=3, limit=all_convolutions)
+    take = partial(measure, limit=all_convolutions)
     for batch in batches:
         size = batch, side, side
         tokens = torch.randint(vqgan.config.codebook_size, size, device=device)

@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.machine import all_convolutions, measure, products_apart, wait
-from benchmarks.table import Columns, Row, number, spread
+from benchmarks.table import LIMITS, Columns, Row, number
 from maskgit.commands.train import CONFIGS
 from maskgit.dry_run import few_tokens, late_steps
 from maskgit.engine import state
@@ -54,16 +54,10 @@ STEPS: dict[str, tuple[str, Any, list[str]]] = {
     "classifier": ("emoji_classifier", all_convolutions, []),
 }
 COLUMNS: Columns = {
-    "ms": number("median", 1e-3, ".1f"),
-    "spread, s": spread,
+    **{name: column for name, column in LIMITS.items() if name != "times"},
+    "matrix": number("matrix", 1e9, ".0f"),
     "images/s": number("images", form=".0f"),
     "tokens/s": number("tokens", form=".0f"),
-    "GFLOP": number("flops", 1e9),
-    "GFLOP/s": number("rate", 1e9, ".0f"),
-    "matrix": number("matrix", 1e9, ".0f"),
-    "limit": number("limit", 1e9, ".0f"),
-    "ratio": number("ratio", form=".2f"),
-    "MB": number("memory", form=".0f"),
     "learning": number("learning", form=".1%"),
     "rest": number("rest", form=".1%"),
 }
@@ -85,7 +79,7 @@ def described(config: str, folder: str, *settings: str) -> Any:
     return resolve(read_yaml(config, CONFIGS), words, smoke=False)[0]
 
 
-def one_step(what: str, config: str, limit: Any, *settings: str, repeats: int = 3) -> Row:
+def one_step(what: str, config: str, limit: Any, *settings: str, repeats: int = 4) -> Row:
     """One update of the parts of `config`, late in the run, against the machine."""
 
     def quiet(line: str) -> None: ...

@@ -4,7 +4,8 @@
 
 - queries, keys and values are one product, as are gate and up; large results are overwritten;
 - on a processor, fp32 weights lie as its products read them fastest;
-- what depends on the class alone, the modulations of adaptive norms, is computed once a decoding;
+- on a processor, what depends on the class alone, the modulations of adaptive norms, is computed
+  once a decoding;
 - on a processor, an image of masks alone is computed once a class, and kept for later batches;
 - on a processor, the last block asks and the head answers only where tokens are masked. Logits at
   known positions, which no decoder reads, are 0 where any image of the batch has some;
@@ -25,8 +26,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit.int8 import int8_linear
+from maskgit.common import UserError
+from maskgit.int8 import Int8Product
 from maskgit.model import Attention, MaskGIT, MaskGITConfig
+from maskgit.products import Product
 
 CACHE = 2**24  # bytes of the widest activations of the images that are computed together
 KEPT = 2**28  # bytes of logits of masks alone that are kept
@@ -37,14 +40,17 @@ def fast(model: MaskGIT, int8: bool = False) -> MaskGIT:
     which may be 0. It has copies of weights: after a change of the model's, make it anew.
 
     int8: the products of the blocks in int8 (see `maskgit.int8`), which changes the logits.
-    What is compiled, or no plain MaskGIT, is given back as it is.
+    What is compiled, or no plain MaskGIT, is given back as it is; with int8, UserError.
     """
     if type(model) is not MaskGIT or model._compiled_call_impl is not None:
+        if int8:
+            raise UserError("dtype int8: the model is compiled or a class of its own: take fp32")
         return model
     result = MaskGIT.__new__(MaskGIT)
     nn.Module.__init__(result)
     result.config = model.config
-    net: Any = NETS[model.config.architecture](model.config, model.net, int8)
+    product = Int8Product if int8 else Product
+    net: Any = NETS[model.config.architecture](model.config, model.net, product)
     result.net = net  # no module: it owns no weights
     return result.eval()
 
@@ -77,49 +83,16 @@ def spread(values: Tensor, at: Tensor | None, n: int) -> Tensor:
     return result
 
 
-class Product:
-    """One linear layer that computes what some layers of one input do, one behind the other."""
-
-    def __init__(self, *layers: nn.Linear, int8: bool = False) -> None:
-        weights = [layer.weight.detach() for layer in layers]
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # (o, i)
-        biased = layers[0].bias is not None
-        self.bias = torch.cat([layer.bias.detach() for layer in layers]) if biased else None
-        self.weight = weight if int8 else by_columns(weight)
-        self.int8 = int8_linear(weight, self.bias) if int8 else None
-        self.outputs = len(weight)
-
-    def __call__(self, x: Tensor, buffer: Tensor | None = None) -> Tensor:
-        """x (..., i) -> (..., o), which lies in the buffer, if there is one and no int8."""
-        if self.int8:
-            return self.int8(x)
-        if buffer is None:
-            return F.linear(x, self.weight, self.bias)
-        rows, weight = x.flatten(0, -2), self.weight.t()
-        out = buffer[: len(rows) * self.outputs].view(len(rows), self.outputs)
-        if self.bias is None:
-            torch.mm(rows, weight, out=out)
-        else:
-            torch.addmm(self.bias, rows, weight, out=out)
-        return out.view(*x.shape[:-1], self.outputs)
-
-
-def by_columns(weight: Tensor) -> Tensor:
-    """The same weight (o, i), on a processor and in fp32 laid out as products read it fastest."""
-    fp32 = weight.is_cpu and weight.dtype == torch.float32
-    return weight.t().contiguous().t() if fp32 else weight
-
-
 class Fused:
     """Attention with one product for queries, keys and values; two in the last block, which may be
     asked at some positions alone."""
 
-    def __init__(self, layer: Attention, last: bool, int8: bool) -> None:
+    def __init__(self, layer: Attention, last: bool, product: type[Product]) -> None:
         self.heads, self.qk_norm = layer.heads, layer.qk_norm
-        self.ask = Product(layer.query, int8=int8) if last else None
+        self.ask = product(layer.query) if last else None
         asked = [] if last else [layer.query]
-        self.tell = Product(*asked, layer.key, layer.value, int8=int8)
-        self.out = Product(layer.out, int8=int8)
+        self.tell = product(*asked, layer.key, layer.value)
+        self.out = product(layer.out)
 
     def __call__(self, x: Tensor, at: Tensor | None, buffer: Tensor) -> Tensor:
         """x (B, n, D); from the positions at (B, m), None for all, to all -> (B, m, D)."""
@@ -146,18 +119,17 @@ class Net(ABC):
     up: list[Product]  # of each block, the first half of its feed-forward layer
     extra: int  # tokens that are no image's
 
-    def __init__(self, config: MaskGITConfig, blocks: Any, int8: bool) -> None:
+    def __init__(self, config: MaskGITConfig, blocks: Any, product: type[Product]) -> None:
         self.config, self.codes = config, config.codebook_size
         last = len(blocks) - 1
-        self.attention = [Fused(b.attention, i == last, int8) for i, b in enumerate(blocks)]
+        self.attention = [Fused(b.attention, i == last, product) for i, b in enumerate(blocks)]
         self.first: dict[int, Tensor] = {}  # label -> logits (N, K) of masks alone
         self.last: tuple[Tensor, Tensor] | None = None  # labels, their condition
 
     @property
     def widest(self) -> int:
         """Numbers a token in the widest activations."""
-        products = self.attention[0].tell, self.up[0]
-        return max(product.outputs for product in products)
+        return max(self.attention[0].tell.outputs, self.up[0].outputs)
 
     def buffer(self, x: Tensor) -> Tensor:
         """Room for the widest activations of the tokens x (B, n, D)."""
@@ -227,11 +199,11 @@ class FastOfficial(Net):
 
     extra = 1
 
-    def __init__(self, config: MaskGITConfig, net: Any, int8: bool) -> None:
-        super().__init__(config, net.blocks, int8)
+    def __init__(self, config: MaskGITConfig, net: Any, product: type[Product]) -> None:
+        super().__init__(config, net.blocks, product)
         self.net = net
-        self.up = [Product(block.up, int8=int8) for block in net.blocks]
-        self.down = [Product(block.down, int8=int8) for block in net.blocks]
+        self.up = [product(block.up) for block in net.blocks]
+        self.down = [product(block.down) for block in net.blocks]
 
     def condition(self, labels: Tensor) -> Tensor:
         return F.embedding(labels, self.net.token_embedding.weight[self.codes : -1])  # (B, D)
@@ -260,11 +232,11 @@ class FastModern(Net):
     """`Modern`. The condition is, for each block, 6 modulations, and 2 for the head: (B, 6 blocks
     + 2, D). A norm's own weight is part of its scale."""
 
-    def __init__(self, config: MaskGITConfig, net: Any, int8: bool) -> None:
-        super().__init__(config, net.blocks, int8)
+    def __init__(self, config: MaskGITConfig, net: Any, product: type[Product]) -> None:
+        super().__init__(config, net.blocks, product)
         self.net, self.extra = net, config.registers
-        self.up = [Product(block.mlp.gate, block.mlp.up, int8=int8) for block in net.blocks]
-        self.down = [Product(block.mlp.down, int8=int8) for block in net.blocks]
+        self.up = [product(block.mlp.gate, block.mlp.up) for block in net.blocks]
+        self.down = [product(block.mlp.down) for block in net.blocks]
 
     def condition(self, labels: Tensor) -> Tensor:
         net = self.net

@@ -8,14 +8,26 @@ whatever the batch: it is another one than in fp32.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskgit.common import UserError
+from maskgit.products import Product, joined
 
 # Without instructions made for it (VNNI), a processor adds pairs of products in 16 bits, where two
 # of 8 bits may overflow without a word. With 7 bits for the weights they cannot: 2 * 255 * 64 is
 # below 2 ** 15. A weight has its own scale for each output, and can spare a bit sooner.
 WEIGHT, LARGEST, ZERO = 64, 127, 128
+
+
+class Int8Product(Product):
+    """The same in int8. Its results lie in no buffer."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        weight, bias = joined(*layers)
+        self.outputs, self.linear = len(weight), int8_linear(weight, bias)
+
+    def __call__(self, x: Tensor, buffer: Tensor | None = None) -> Tensor:
+        return self.linear(x)
 
 
 def check_int8(device: torch.device) -> None:

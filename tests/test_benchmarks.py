@@ -13,12 +13,9 @@ from torch.nn import functional as F
 from benchmarks import compare, sampling, shares, startup
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.machine import (
-    Rate,
     Shapes,
     all_convolutions,
-    compared,
-    count_flops,
-    in_turns,
+    beside,
     measure,
     peak_memory,
     products_apart,
@@ -26,6 +23,7 @@ from benchmarks.machine import (
 )
 from benchmarks.table import LIMITS, heading, shown
 from maskgit import MaskGIT, MaskGITConfig
+from maskgit.engine.speed import flops_of
 from maskgit.fast import fast
 
 CONFIG = MaskGITConfig(32, 5, [4, 6], "official", width=48, depth=2, heads=4)
@@ -42,10 +40,10 @@ def convolve():
 
 
 def test_flops_are_those_of_the_shapes(linear):
-    assert count_flops(linear) == 3 * 2 * 10 * 30 * 20
-    assert count_flops(convolve) == 2 * 2 * 5 * 4 * 3 * 3 * 4 * 3
+    assert flops_of(linear)[1] == 3 * 2 * 10 * 30 * 20
+    assert flops_of(convolve)[1] == 2 * 2 * 5 * 4 * 3 * 3 * 4 * 3
     q = torch.randn(1, 4, 24, 8)
-    assert count_flops(lambda: F.scaled_dot_product_attention(q, q, q)) == 4 * 4 * 24 * 24 * 8
+    assert flops_of(lambda: F.scaled_dot_product_attention(q, q, q))[1] == 4 * 4 * 24 * 24 * 8
 
 
 def test_shapes_are_those_that_run(linear):
@@ -65,36 +63,37 @@ def test_the_official_transformer_runs_the_products_that_its_formula_says():
     blocks = depth * (2 * n * d * (4 * d + 2 * hidden) + 4 * n * n * d)
     head = 2 * 24 * d * (d + 32)
     for function in model, fast(model):
-        assert count_flops(partial(function, tokens, labels)) == blocks + head
+        assert flops_of(partial(function, tokens, labels))[1] == blocks + head
 
 
 def test_a_row_holds_all_repeats_and_their_limit(linear):
-    row = measure("so", linear, 4)
-    assert len(row["seconds"]) == len(row["processor_seconds"]) == 4
-    assert row["flops"] == count_flops(linear)
+    calls = []
+    row = measure("so", linear, against=lambda: calls.append(0))
+    assert len(row["seconds"]) == 4 and len(calls) == 5
+    assert row["flops"] == flops_of(linear)[1]
     assert row["rate"] == row["flops"] / row["median"]
     assert min(row["seconds"]) <= row["median"] <= max(row["seconds"])
-    assert row["limit"] > 0 and row["ratio"] > 0 and row["memory"] > 0
+    assert min(row[name] for name in ("limit", "ratio", "memory", "times")) > 0
     assert measure("so", convolve, 1, all_convolutions)["ratio"] > 0
-    assert "ratio" not in measure("so", convolve, 1, None)
+    assert not {"ratio", "times"} & set(measure("so", convolve, 1, None))
 
 
 def test_a_line_has_the_cells_of_its_columns():
     row = {"what": "so", "flops": 3e9, "seconds": [1.0, 3.0], "median": 2.0, "ratio": 0.755}
     cells = heading(LIMITS).split(), shown(row, LIMITS).split()
-    told = dict(zip([name for name in cells[0] if name != "by"], cells[1], strict=True))
+    told = dict(zip(*cells, strict=True))
     assert told["what"] == "so" and told["GFLOP"] == "3" and told["ratio"] == "0.76"
     assert (told["s"], told["spread"], told["MB"]) == ("2", "2", "-")
 
 
 def test_the_limit_is_the_best_of_the_products_around_each_repeat():
-    def rates(*walls):
-        return [Rate(wall, 2 * wall) for wall in walls]
-
-    own = rates(5, 6, 9)
-    row = compared(own, [rates(1, 10), rates(2, 10), rates(90, 20), rates(3, 40)])
-    assert row["limit"] == 15  # of the second: the first was lucky once
-    assert row["ratio"] == row["ratio_processor"] == 6 / 15  # of 5 / 10, 6 / 15, 9 / 30
+    """Of three moments that a limit is measured at, and of two shapes, of which one was lucky."""
+    moments = iter([[1, 10], [90, 20], [3, 40]])
+    row = measure("so", convolve, 2, lambda shapes: lambda: next(moments))
+    assert row["limit"] == 20
+    one, other = (row["flops"] / seconds for seconds in row["seconds"])
+    assert row["ratio"] == pytest.approx((one / 15 + other / 30) / 2)
+    assert beside([5, 6, 9], [10, 10, 20, 40]) == 6 / 15  # of 5 / 10, 6 / 15, 9 / 30
 
 
 def test_the_rates_are_those_of_all_shapes():
@@ -102,15 +101,7 @@ def test_the_rates_are_those_of_all_shapes():
         F.linear(torch.randn(300, 300), torch.randn(300, 300))
         F.linear(torch.randn(1, 2), torch.randn(2, 2))
     large, small = products_apart(shapes)()
-    assert large.wall > 0 and small.wall > 0
-
-
-def test_turns_tell_how_many_times_as_long_one_takes():
-    def work(times):
-        return lambda: [torch.randn(200, 200) @ torch.randn(200, 200) for _ in range(times)]
-
-    row = in_turns("so", work(40), work(4), 5)
-    assert len(row["seconds"]) == 5 and row["times"] > 0
+    assert large > 0 and small > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux")
@@ -150,12 +141,15 @@ def written(path, **rows):
 
 
 def test_compare_tells_what_became_slower_by_more_than_the_noise(tmp_path, capsys):
-    old = written(tmp_path / "old.json", a=[1, 1.1, 1.2], b=[1, 2, 3], c=[2, 2.1, 2.2], gone=[1])
-    new = written(tmp_path / "new.json", a=[1.3, 1.4, 9], b=[2, 2.5, 4], c=[1, 1.1, 1.9], come=[1])
+    times = dict(a=[1, 1.1, 1.2, 1.2], b=[1, 2, 2, 3], c=[2, 2.1, 2.1, 2.2], d=[1, 1, 1])
+    old = written(tmp_path / "old.json", **times, gone=[1])
+    times = dict(a=[1.3, 1.4, 1.8, 9], b=[2, 2, 2.5, 4], c=[1, 1.1, 1.4, 1.9], d=[2, 2, 2])
+    new = written(tmp_path / "new.json", **times, come=[1])
     assert compare.compare(compare.load(old), compare.load(new)) == [
-        ("a", 1.4 / 1.1, "slower"),
+        ("a", 1.8 / 1.2, "slower"),
         ("b", 1.25, "within the noise"),
-        ("c", 1.1 / 2.1, "faster"),
+        ("c", 1.4 / 2.1, "faster"),
+        ("d", 2, "too few repeats"),
         ("gone", None, "only in the old one"),
         ("come", None, "only in the new one"),
     ]

@@ -101,6 +101,13 @@ def test_the_command_takes_it_and_the_file_says_so(tmp_path):
         assert json.dumps(from_png(picture)).count('"int8"') == 1
 
 
+def test_a_compiled_model_is_refused():
+    pipe = Pipeline.from_pretrained("emoji", "cpu", "int8")
+    pipe.transformer.compile()
+    with pytest.raises(UserError, match="compiled"):
+        pipe.sample([3], steps=1)
+
+
 def test_a_gpu_is_refused():
     with pytest.raises(UserError, match="bf16"):
         check_int8(torch.device("cuda"))

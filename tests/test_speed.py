@@ -12,7 +12,7 @@ from test_engine import GAN, QUIET, all_tensors, images, maskgit_task, tokens, v
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit.common.processes import rank, world
-from maskgit.engine import loop
+from maskgit.engine import loop, speed
 from maskgit.engine.loop import Stopped, make_accelerator, train
 from maskgit.engine.speed import APART, Pace, flops_of, is_counted, matrix_rate
 from maskgit.engine.state import FLOPS, State
@@ -53,8 +53,8 @@ def test_they_are_those_that_torch_counts():
 
 
 def test_the_number_of_a_step_says_whether_it_is_counted():
-    assert [s for s in range(200) if is_counted(s, 50)] == [0, 50, 100, 150]
-    assert [s for s in range(40) if is_counted(s, 3)] == [0, 12, 24, 36]
+    assert [s for s in range(1000) if is_counted(s, 250)] == [0, 250, 500, 750]
+    assert [s for s in range(400) if is_counted(s, 30)] == [0, 120, 240, 360]
     assert [s for s in range(2 * APART) if is_counted(s, 1)] == [0, APART]
     assert not any(is_counted(s, 0) for s in range(9))
 
@@ -137,8 +137,9 @@ def test_two_processes_are_as_much_work_as_one(tmp_path):
 
 
 @pytest.mark.slow  # it compiles
-def test_a_compiled_run_goes_on_to_the_same_bits(tmp_path):
+def test_a_compiled_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     """Counted steps run uncompiled: they must be the same ones in both."""
+    monkeypatch.setattr(speed, "APART", 10)
     config = TrainConfig(steps=14, batch_size=4, warmup=2, compile=True, **QUIET)
 
     def stopped(start):

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # of the square matrices
 SECONDS = 0.1  # for the products of one size, the first of which warms up; two there are always
-APART = 10  # steps, at least, between two whose FLOPs are counted: to count takes time
+APART = 100  # steps, at least, between two whose FLOPs are counted: to count takes time
 
 
 class Counter(TorchDispatchMode):
