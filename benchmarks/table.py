@@ -5,7 +5,7 @@ from typing import Any
 
 Row = dict[str, Any]
 Columns = dict[str, Callable[[Row], str]]
-WIDE, NARROW = 60, 13
+WIDE, NARROW = 60, 10
 
 
 def number(key: str, unit: float = 1, form: str = ".4g") -> Callable[[Row], str]:
