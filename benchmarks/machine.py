@@ -12,11 +12,12 @@ import resource
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -100,10 +101,16 @@ def usual(function: Function) -> float:
 
 
 def products_apart(shapes: Shapes) -> Limit:
-    """The rate of each of the products. The limit is that of the best: none of them runs faster."""
-    functions = [product(*key) for key in shapes.products]
-    flops = [flops_of(function)[1] for function in functions]
-    return lambda: [n / usual(f) for n, f in zip(flops, functions, strict=True)]
+    """The rate of each of the products, and, on a processor, of one with as many more rows as there
+    are threads, each of which may have had rows of its own. The limit is that of the best."""
+    at_a_time = {1} if cuda() else {1, torch.get_num_threads()}
+    keys = {(times * m, *others) for m, *others in shapes.products for times in at_a_time}
+
+    def limit() -> list[float]:
+        functions = [product(*key) for key in sorted(keys, key=str)]
+        return [flops_of(function)[1] / usual(function) for function in functions]
+
+    return limit
 
 
 def all_convolutions(shapes: Shapes) -> Limit:
@@ -148,21 +155,22 @@ def measure(
 ) -> Row:
     """One row: work, the times of all repeats, rate, limit, their ratio, and peak memory.
 
-    `function` runs once more at first, when its work, its shapes and its memory are noted. The
-    limit is the rate with the highest median of those that `limit` measures; the ratio, the median
-    of those of the repeats, each to the limit's mean before and after it. Without `limit` there are
-    neither rates nor ratios. `times` is how many times as long as `against` it takes: the median of
-    the repeats, each to the mean of `against` before and after it.
+    `function` runs once more at first, when its work and its shapes are noted. The limit is the
+    rate with the highest median of those that `limit` measures; the ratio, the median of those of
+    the repeats, each to the limit's mean before and after it. Without `limit` there are neither
+    rates nor ratios. `times` is how many times as long as `against` it takes: the median of the
+    repeats, each to the mean of `against` before and after it. Memory is that of the first repeat.
     """
     shapes = Shapes()
-    reset_peak()
-    with shapes:
+    with shapes, patch("maskgit.fast.by_threads", in_turn):
         _, work = flops_of(function)
-    row: Row = {"what": what, "flops": work, "memory": peak_memory()}
+    row: Row = {"what": what, "flops": work}
     most = limit(shapes) if limit else list
     others, seconds, rates = [timed(against)] if against else [], [], [most()]
     for _ in range(repeats):
+        reset_peak()
         seconds.append(timed(function))
+        row.setdefault("memory", peak_memory())
         rates.append(most())
         others += [timed(against)] if against else []
     row |= {"seconds": seconds, "median": statistics.median(seconds)}
@@ -173,6 +181,11 @@ def measure(
     if against:
         row["times"] = beside(seconds, others)
     return row
+
+
+def in_turn(function: Callable[..., Any], parts: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """What threads of their own would compute, in this one, where it is counted."""
+    return [function(*part) for part in parts]
 
 
 def beside(values: Sequence[float], others: Sequence[float]) -> float:

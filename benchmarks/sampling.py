@@ -34,7 +34,7 @@ def run(full: bool = False) -> Iterator[Row]:
         yield from other_ways("emoji", emoji, batch)
     official = on_device(MaskGIT(OFFICIAL))
     whole = full or cuda() or next(official.parameters()).dtype != torch.float32
-    for batch in (1, 4, 16, 64, *((256,) if cuda() else ())) if whole else (1, 4):
+    for batch in (1, 4, 16, *((64,) if whole else ()), *((256,) if cuda() else ())):
         yield from unguided_and_guided("official", official, batch, whole or batch == 1)
     yield from other_ways("official", official, 4 if whole else 1)
 

@@ -83,6 +83,10 @@ PARTS = {
     "masks alone once a class": lambda: patch.object(Net, "of_masks", of_masks_each),
     "answers only where asked": lambda: patch("maskgit.fast.places", lambda masked: None),
     "parts that fit the cache": lambda: patch("maskgit.fast.CACHE", 2**60),
+    "threads with parts of their own": lambda: patch("maskgit.fast.ENOUGH", 2**60),
+    "wide results in pieces": lambda: patch.object(
+        Product, "piece", property(lambda product: product.outputs), create=True
+    ),
 }
 
 

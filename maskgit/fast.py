@@ -9,7 +9,8 @@
 - on a processor, an image of masks alone is computed once a class, and kept for later batches;
 - on a processor, the last block asks and the head answers only where tokens are masked. Logits at
   known positions, which no decoder reads, are 0 where any image of the batch has some;
-- on a processor, a batch is taken in parts whose widest activations fit its cache.
+- on a processor, a batch is taken in parts whose widest activations fit its cache, and each thread
+  computes parts of its own where there is enough for all.
 
 Which tokens are masked is looked at on a processor alone: elsewhere that would be a wait for it.
 
@@ -30,8 +31,10 @@ from maskgit.common import UserError
 from maskgit.int8 import Int8Product
 from maskgit.model import Attention, MaskGIT, MaskGITConfig
 from maskgit.products import Product
+from maskgit.threads import by_threads
 
-CACHE = 2**24  # bytes of the widest activations of the images that are computed together
+CACHE = 2**24  # bytes of the widest activations of the images that are computed at a time
+ENOUGH = 2**21  # of these bytes, what is enough for a thread of its own
 KEPT = 2**28  # bytes of logits of masks alone that are kept
 
 
@@ -167,14 +170,19 @@ class Net(ABC):
         return last[1]
 
     def in_parts(self, tokens: Tensor, condition: Tensor, at: Tensor | None) -> Tensor:
-        """Compute as many images together as fit the cache. at: positions (B, m), None for all."""
-        bytes_of_one = (self.extra + tokens.shape[1]) * self.widest * condition.element_size()
-        count = -(-len(tokens) // max(1, CACHE // bytes_of_one))
-        if count <= 1:
+        """Compute as many images at a time as fit the cache, by threads of their own where these
+        can be dealt out evenly and have enough to do. at: positions (B, m), None for all."""
+        count, threads = len(tokens), torch.get_num_threads()
+        of_one = (self.extra + tokens.shape[1]) * self.widest * condition.element_size()
+        if count % threads or count * of_one < threads * ENOUGH:
+            threads = 1  # all work together
+        sizes = equal(count // threads, CACHE // of_one // threads) * threads
+        if len(sizes) <= 1:
             return self.compute(tokens, condition, at)
-        size = -(-len(tokens) // count)  # parts as equal as can be
-        spots = [None] * len(tokens) if at is None else at.split(size)
-        parts = zip(tokens.split(size), condition.split(size), spots, strict=False)
+        spots = [None] * len(sizes) if at is None else at.split(sizes)
+        parts = zip(tokens.split(sizes), condition.split(sizes), spots, strict=True)
+        if threads > 1:
+            return torch.cat(by_threads(self.compute, parts))
         return torch.cat([self.compute(*part) for part in parts])
 
     @abstractmethod
@@ -184,6 +192,12 @@ class Net(ABC):
     @abstractmethod
     def compute(self, tokens: Tensor, condition: Tensor, at: Tensor | None) -> Tensor:
         """Logits (B, N, K) at positions (B, m), and 0 at the others; None for all."""
+
+
+def equal(count: int, most: int) -> list[int]:
+    """`count` in numbers of at most `most` (or 1), as equal as can be."""
+    parts = -(-count // max(1, most))
+    return [count // parts + (i < count % parts) for i in range(parts)]
 
 
 def places(masked: Tensor) -> Tensor | None:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PIECE = 768  # outputs that are computed at a time, where weights lie by columns: more take longer
+
 
 class Product:
     """What some linear layers of one input compute, one behind the other."""
@@ -15,17 +17,22 @@ class Product:
     def __init__(self, *layers: nn.Linear) -> None:
         weight, self.bias = joined(*layers)
         self.weight, self.outputs = by_columns(weight), len(weight)
+        pieces = 1 if self.weight is weight else -(-self.outputs // PIECE)
+        self.piece = -(-self.outputs // pieces)
 
     def __call__(self, x: Tensor, buffer: Tensor | None = None) -> Tensor:
         """x (..., i) -> (..., o), which may lie in the buffer, flat and large enough for it."""
         if buffer is None:
             return F.linear(x, self.weight, self.bias)
-        rows, weight = x.flatten(0, -2), self.weight.t()
+        rows = x.flatten(0, -2)
         out = buffer[: len(rows) * self.outputs].view(len(rows), self.outputs)
-        if self.bias is None:
-            torch.mm(rows, weight, out=out)
-        else:
-            torch.addmm(self.bias, rows, weight, out=out)
+        weights, places = self.weight.t().split(self.piece, 1), out.split(self.piece, 1)
+        biases = [None] * len(places) if self.bias is None else self.bias.split(self.piece)
+        for bias, weight, place in zip(biases, weights, places, strict=True):
+            if bias is None:
+                torch.mm(rows, weight, out=place)
+            else:
+                torch.addmm(bias, rows, weight, out=place)
         return out.view(*x.shape[:-1], self.outputs)
 
 

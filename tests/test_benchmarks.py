@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -100,8 +101,18 @@ def test_the_rates_are_those_of_all_shapes():
     with Shapes() as shapes:
         F.linear(torch.randn(300, 300), torch.randn(300, 300))
         F.linear(torch.randn(1, 2), torch.randn(2, 2))
-    large, small = products_apart(shapes)()
-    assert large > 0 and small > 0
+    rates = products_apart(shapes)()  # each as it is, and as all threads together may have had it
+    assert len(rates) == 2 * len({1, torch.get_num_threads()}) and min(rates) > 0
+
+
+def test_what_threads_of_their_own_compute_is_counted(request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    model = MaskGIT(CONFIG).eval()
+    quick, tokens = fast(model), torch.zeros(4, CONFIG.tokens, dtype=torch.int64)
+    torch.set_num_threads(2)
+    with patch("maskgit.fast.ENOUGH", 1):
+        apart = measure("so", lambda: quick(tokens, tokens[:, 0]), 1)["flops"]
+    assert apart == flops_of(lambda: quick(tokens, tokens[:, 0]))[1] > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux")

@@ -1,5 +1,6 @@
 """The fast path gives the plain path's tokens, whatever the batch, and the plain path's logits."""
 
+from functools import partial
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -10,6 +11,8 @@ import maskgit.fast as module
 from maskgit import MaskGIT, MaskGITConfig, Pipeline, decode, guided
 from maskgit.fast import fast, stamp
 from maskgit.orders import ORDERS
+from maskgit.products import Product
+from maskgit.threads import by_threads
 
 GRID, CODES, CLASSES = (4, 6), 32, 5
 N = GRID[0] * GRID[1]
@@ -105,6 +108,41 @@ def test_parts_that_fit_the_cache_make_one_batch(architecture):
     masked = tokens == CODES
     torch.testing.assert_close(logits[masked], model(tokens, LABELS)[masked])
     assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize("architecture", ["modern", "official"])
+@torch.no_grad()
+def test_threads_with_parts_of_their_own_change_nothing(architecture, request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
+    model = random_model(architecture)
+    quick, tokens = fast(model), start(model, "other")[:4]
+    dealt, one = [], 4 * (N + quick.net.extra) * quick.net.widest
+
+    def seen(function, parts):
+        parts = list(parts)
+        dealt.append([len(part[0]) for part in parts])
+        return by_threads(function, parts)
+
+    with patch.object(module, "ENOUGH", one), patch.object(module, "by_threads", seen):
+        logits = quick(tokens, LABELS[:4])
+        with patch.object(module, "CACHE", 2 * one):  # an image for each
+            quick(tokens, LABELS[:4])
+        quick(tokens[:3], LABELS[:3])  # cannot be dealt out evenly
+        quick(tokens[:0], LABELS[:0])
+    assert dealt == [[2, 2], [1, 1, 1, 1]]
+    masked = tokens == CODES
+    torch.testing.assert_close(logits[masked], model(tokens, LABELS[:4])[masked])
+
+
+@pytest.mark.parametrize("piece", [1, 48, 100, 10**9])
+@torch.no_grad()
+def test_pieces_of_a_product_are_the_whole(piece):
+    layers = [torch.nn.Linear(20, 48) for _ in range(3)]
+    x = torch.randn(2, 5, 20)
+    with patch("maskgit.products.PIECE", piece):
+        result = Product(*layers)(x, torch.empty(2 * 5 * 3 * 48 + 7))
+    torch.testing.assert_close(result, torch.cat([layer(x) for layer in layers], -1))
 
 
 @pytest.mark.parametrize("architecture", ["modern", "official"])
