@@ -10,6 +10,7 @@ medians are held against medians: the luckiest try says more of luck than of the
 import re
 import resource
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.table import Row
 from maskgit.engine.speed import flops_of
 from maskgit.products import by_columns
+from maskgit.threads import by_threads
 
 Function = Callable[[], Any]
 aten = torch.ops.aten
@@ -54,23 +56,35 @@ def timed(function: Function, calls: int = 1) -> float:
 
 
 class Shapes(TorchDispatchMode):
-    """Counts the products (m, k) x (k, n) and the convolutions that run inside it, by shape."""
+    """Counts the products (m, k) x (k, n) and the convolutions that run inside it, by shape.
+
+    What threads of their own would compute runs in this one, where it can be seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.products: Counter[tuple[Any, ...]] = Counter()  # by the arguments of `product`
+        self.threads = 1  # that compute such products at a time, each its own
+        self.products: Counter[tuple[Any, ...]] = Counter()  # by threads and what `product` takes
         self.convolutions: Counter[tuple[Any, ...]] = Counter()  # and of `convolution`
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
         if packet in (aten.mm, aten.addmm):
             a, b = args[-2:]
-            self.products[*a.shape, b.shape[1], a.dtype, a.device] += 1
+            self.products[self.threads, *a.shape, b.shape[1], a.dtype, a.device] += 1
         elif packet == aten.convolution:
             x, weight, _, stride, padding = args[:5]
             sizes = x.shape, weight.shape, tuple(stride), tuple(padding)
             self.convolutions[*sizes, x.dtype, x.device] += 1
         return func(*args, **(kwargs or {}))
+
+    def in_turn(self, function: Callable[..., Any], parts: Iterable[tuple[Any, ...]]) -> list[Any]:
+        """In place of `by_threads`."""
+        self.threads = torch.get_num_threads()
+        try:
+            return [function(*part) for part in parts]
+        finally:
+            self.threads = 1
 
 
 def product(m: int, k: int, n: int, dtype: torch.dtype, device: Any) -> Function:
@@ -101,16 +115,33 @@ def usual(function: Function) -> float:
 
 
 def products_apart(shapes: Shapes) -> Limit:
-    """The rate of each of the products, and, on a processor, of one with as many more rows as there
-    are threads, each of which may have had rows of its own. The limit is that of the best."""
-    at_a_time = {1} if cuda() else {1, torch.get_num_threads()}
-    keys = {(times * m, *others) for m, *others in shapes.products for times in at_a_time}
+    """The rate of each of the products, computed by all threads together. Of those that threads had
+    apart, also that of as many more rows as there are threads, and that of each thread with its
+    own. The limit is that of the best."""
 
     def limit() -> list[float]:
-        functions = [product(*key) for key in sorted(keys, key=str)]
-        return [flops_of(function)[1] / usual(function) for function in functions]
+        rates = []
+        for threads, m, *others in sorted(shapes.products, key=str):
+            for rows in sorted({m, threads * m}):
+                function = product(rows, *others)
+                rates.append(flops_of(function)[1] / usual(function))
+            if threads > 1:
+                rates.append(rate_apart(threads, m, *others))
+        return rates
 
     return limit
+
+
+def rate_apart(threads: int, *shape: Any) -> float:
+    """FLOP/s of threads that each compute products of their own of this shape, one by one."""
+    own = [product(*shape) for _ in range(threads)]
+    times = 8  # that threads wait for each other once in
+
+    def some(function: Function) -> Any:
+        return [function() for _ in range(times)][-1]
+
+    work = threads * times * flops_of(own[0])[1]
+    return work / usual(lambda: by_threads(some, zip(own, strict=True)))
 
 
 def all_convolutions(shapes: Shapes) -> Limit:
@@ -135,7 +166,10 @@ def peak_memory() -> float:
         found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
     except OSError:
         found = None
-    return int(found[1]) / 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if found:
+        return int(found[1]) / 2**10
+    unit = 2**10 if sys.platform == "linux" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def reset_peak() -> None:
@@ -152,6 +186,7 @@ def measure(
     repeats: int = 4,
     limit: Callable[[Shapes], Limit] | None = products_apart,
     against: Function | None = None,
+    compiled: bool = False,
 ) -> Row:
     """One row: work, the times of all repeats, rate, limit, their ratio, and peak memory.
 
@@ -160,10 +195,11 @@ def measure(
     the repeats, each to the limit's mean before and after it. Without `limit` there are neither
     rates nor ratios. `times` is how many times as long as `against` it takes: the median of the
     repeats, each to the mean of `against` before and after it. Memory is that of the first repeat.
+    compiled: whether something in `function` may be; its work is that of the same uncompiled.
     """
     shapes = Shapes()
-    with shapes, patch("maskgit.fast.by_threads", in_turn):
-        _, work = flops_of(function)
+    with shapes, patch("maskgit.fast.by_threads", shapes.in_turn):
+        _, work = flops_of(function, compiled)
     row: Row = {"what": what, "flops": work}
     most = limit(shapes) if limit else list
     others, seconds, rates = [timed(against)] if against else [], [], [most()]
@@ -181,11 +217,6 @@ def measure(
     if against:
         row["times"] = beside(seconds, others)
     return row
-
-
-def in_turn(function: Callable[..., Any], parts: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """What threads of their own would compute, in this one, where it is counted."""
-    return [function(*part) for part in parts]
 
 
 def beside(values: Sequence[float], others: Sequence[float]) -> float:

@@ -37,6 +37,8 @@ def run(full: bool = False) -> Iterator[Row]:
     for batch in (1, 4, 16, *((64,) if whole else ()), *((256,) if cuda() else ())):
         yield from unguided_and_guided("official", official, batch, whole or batch == 1)
     yield from other_ways("official", official, 4 if whole else 1)
+    if cuda():
+        yield one_compiled("official", official)
 
 
 def unguided_and_guided(
@@ -68,6 +70,19 @@ def other_ways(name: str, model: MaskGIT, batch: int) -> Iterator[Row]:
     yield measure(f"{what}, 8 steps, sampler alone", sampler, limit=None, against=usual)
     kept()
     yield measure(f"{what}, 8 steps, of classes drawn before", kept, against=usual)
+
+
+def one_compiled(name: str, model: MaskGIT) -> Row:
+    """One image, its passes launched as CUDA graphs: on a GPU, to launch each operation takes
+    longer than to compute it. Compiles the model itself."""
+    labels = some_labels(model, 1)
+    quick = fast(model)
+    usual = afresh(quick, sampled(quick, labels))
+    model.compile(mode="reduce-overhead")
+    function = sampled(model, labels)
+    function()
+    what = f"{name}, batch 1, 8 steps, compiled, CUDA graphs"
+    return measure(what, function, against=usual, compiled=True)
 
 
 def on_device(model: MaskGIT) -> MaskGIT:

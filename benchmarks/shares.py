@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import Function, timed
-from benchmarks.sampling import GUIDANCE, OFFICIAL, afresh, on_device, sampled
+from benchmarks.sampling import GUIDANCE, OFFICIAL, afresh, on_device, sampled, some_labels
 from benchmarks.table import TIMES, Row, number
 from maskgit import MaskGIT
 from maskgit.fast import Fused, Net, fast, take
@@ -27,26 +27,30 @@ COLUMNS = {**TIMES, "share": number("share", form=".3f")}
 
 
 def run(full: bool = False) -> Iterator[Row]:
-    """Rows for the bundled model, 16 images of 4 classes, guided, and for the official shape."""
-    yield from shares("emoji, batch 16", MaskGIT.from_pretrained("emoji"), 16, GUIDANCE, TURNS)
-    for batch in (1, *([4] * full)):
-        yield from shares(f"official, batch {batch}", MaskGIT(OFFICIAL), batch, 0, TURNS)
+    """Rows for the bundled model, 16 images of 4 classes, guided, and for the official shape, 4
+    images of 4 classes. full: all steps of that too."""
+    emoji, official, count = MaskGIT.from_pretrained("emoji"), MaskGIT(OFFICIAL), 8 if full else 2
+    yield from shares("emoji, batch 16, guided", emoji, 16, GUIDANCE)
+    yield from shares(f"official, batch 4, {count} steps", official, 4, 0, count)
 
 
 @torch.no_grad()
-def shares(name: str, model: MaskGIT, batch: int, scale: float, turns: int) -> Iterator[Row]:
-    """A row for all parts, for each one left out, and for none."""
+def shares(
+    name: str, model: MaskGIT, batch: int, scale: float, steps: int = 8, turns: int = TURNS
+) -> Iterator[Row]:
+    """A row for all parts, for each one left out, and for none; images of 4 classes."""
     model = on_device(model)
     quick = fast(model)
-    labels = torch.arange(batch, device=next(model.parameters()).device) // 4
-    with_fast, plain = afresh(quick, sampled(quick, labels, scale)), sampled(model, labels, scale)
+    labels = some_labels(model, 4).repeat_interleave(batch // 4)
+    with_fast = afresh(quick, sampled(quick, labels, scale, steps=steps))
+    plain = sampled(model, labels, scale, steps=steps)
     with patch("maskgit.products.by_columns", lambda weight: weight):
         by_rows = fast(model)
     variants: dict[str, tuple[Function, Callable[[], Any]]]
     variants = {ALL: (with_fast, nullcontext), PLAIN: (plain, nullcontext)}
     variants |= {f"without: {what}": (with_fast, left_out) for what, left_out in PARTS.items()}
-    rows = afresh(by_rows, sampled(by_rows, labels, scale))
-    variants["without: weights by columns"] = rows, nullcontext
+    rows = afresh(by_rows, sampled(by_rows, labels, scale, steps=steps))
+    variants["without: weights by columns, and pieces"] = rows, nullcontext
     seconds: dict[str, list[float]] = {what: [] for what in variants}
     for turn in range(turns + 1):
         for what, (function, left_out) in variants.items():

@@ -31,8 +31,9 @@ from maskgit.common import UserError
 from maskgit.int8 import Int8Product
 from maskgit.model import Attention, MaskGIT, MaskGITConfig
 from maskgit.products import Product
-from maskgit.threads import by_threads
+from maskgit.threads import by_threads, threads_apart
 
+# As measured on two cores with AVX2.
 CACHE = 2**24  # bytes of the widest activations of the images that are computed at a time
 ENOUGH = 2**21  # of these bytes, what is enough for a thread of its own
 KEPT = 2**28  # bytes of logits of masks alone that are kept
@@ -171,16 +172,20 @@ class Net(ABC):
 
     def in_parts(self, tokens: Tensor, condition: Tensor, at: Tensor | None) -> Tensor:
         """Compute as many images at a time as fit the cache, by threads of their own where these
-        can be dealt out evenly and have enough to do. at: positions (B, m), None for all."""
-        count, threads = len(tokens), torch.get_num_threads()
+        can be dealt out evenly and have enough to do.
+
+        Tokens (B, N), condition (B, ...), positions (B, m) or None for all -> logits (B, N, K).
+        """
+        count, threads = len(tokens), threads_apart()
         of_one = (self.extra + tokens.shape[1]) * self.widest * condition.element_size()
         if count % threads or count * of_one < threads * ENOUGH:
             threads = 1  # all work together
-        sizes = equal(count // threads, CACHE // of_one // threads) * threads
-        if len(sizes) <= 1:
+        fit = max(1, CACHE // of_one // threads)
+        number = threads * -(-count // (fit * threads))
+        if number <= 1:
             return self.compute(tokens, condition, at)
-        spots = [None] * len(sizes) if at is None else at.split(sizes)
-        parts = zip(tokens.split(sizes), condition.split(sizes), spots, strict=True)
+        spots = [None] * number if at is None else at.tensor_split(number)
+        parts = zip(tokens.tensor_split(number), condition.tensor_split(number), spots, strict=True)
         if threads > 1:
             return torch.cat(by_threads(self.compute, parts))
         return torch.cat([self.compute(*part) for part in parts])
@@ -192,12 +197,6 @@ class Net(ABC):
     @abstractmethod
     def compute(self, tokens: Tensor, condition: Tensor, at: Tensor | None) -> Tensor:
         """Logits (B, N, K) at positions (B, m), and 0 at the others; None for all."""
-
-
-def equal(count: int, most: int) -> list[int]:
-    """`count` in numbers of at most `most` (or 1), as equal as can be."""
-    parts = -(-count // max(1, most))
-    return [count // parts + (i < count % parts) for i in range(parts)]
 
 
 def places(masked: Tensor) -> Tensor | None:

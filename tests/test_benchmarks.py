@@ -51,7 +51,7 @@ def test_shapes_are_those_that_run(linear):
     with Shapes() as shapes:
         linear()
         convolve()
-    assert shapes.products == {(10, 30, 20, torch.float32, torch.device("cpu")): 3}
+    assert shapes.products == {(1, 10, 30, 20, torch.float32, torch.device("cpu")): 3}
     [((x, weight, stride, padding, *_), times)] = shapes.convolutions.items()
     assert (x, weight, stride, padding, times) == ((2, 4, 8, 6), (5, 4, 3, 3), (2, 2), (1, 1), 1)
 
@@ -97,12 +97,16 @@ def test_the_limit_is_the_best_of_the_products_around_each_repeat():
     assert beside([5, 6, 9], [10, 10, 20, 40]) == 6 / 15  # of 5 / 10, 6 / 15, 9 / 30
 
 
-def test_the_rates_are_those_of_all_shapes():
+def test_the_rates_are_those_of_all_shapes(request):
+    """And of what threads had apart: as it is, for all threads together, and for each."""
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
     with Shapes() as shapes:
         F.linear(torch.randn(300, 300), torch.randn(300, 300))
         F.linear(torch.randn(1, 2), torch.randn(2, 2))
-    rates = products_apart(shapes)()  # each as it is, and as all threads together may have had it
-    assert len(rates) == 2 * len({1, torch.get_num_threads()}) and min(rates) > 0
+        together = products_apart(shapes)()
+        shapes.in_turn(F.linear, [(torch.randn(5, 2), torch.randn(2, 2))] * 3)
+    assert [len(together), len(products_apart(shapes)())] == [2, 5] and min(together) > 0
 
 
 def test_what_threads_of_their_own_compute_is_counted(request):
@@ -110,7 +114,7 @@ def test_what_threads_of_their_own_compute_is_counted(request):
     model = MaskGIT(CONFIG).eval()
     quick, tokens = fast(model), torch.zeros(4, CONFIG.tokens, dtype=torch.int64)
     torch.set_num_threads(2)
-    with patch("maskgit.fast.ENOUGH", 1):
+    with patch("maskgit.fast.ENOUGH", 1), patch("maskgit.fast.threads_apart", lambda: 2):
         apart = measure("so", lambda: quick(tokens, tokens[:, 0]), 1)["flops"]
     assert apart == flops_of(lambda: quick(tokens, tokens[:, 0]))[1] > 0
 
@@ -135,7 +139,7 @@ def test_each_part_that_is_left_out_leaves_the_tokens_as_they_are():
 
 
 def test_shares_are_measured_in_turns():
-    rows = list(shares.shares("tiny", MaskGIT(CONFIG), 2, 0, 2))
+    rows = list(shares.shares("tiny", MaskGIT(CONFIG), 4, 0, 2, turns=2))
     assert len(rows) == len(shares.PARTS) + 3
     assert rows[0]["share"] == 1 and all(len(row["seconds"]) == 2 for row in rows)
 

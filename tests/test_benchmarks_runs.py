@@ -1,6 +1,7 @@
 """Each benchmark runs from end to end, on tiny models; how fast anything is, no test says."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import growth, int8, sampling, stages, tokenizer
 from maskgit import MaskGIT, MaskGITConfig, Pipeline
+from maskgit.engine.speed import flops_of
 from maskgit.evaluation.extractors import open_extractor
 from vqgan import VQGAN, VQGANConfig
 
@@ -31,6 +33,15 @@ def test_sampling_is_held_against_the_machine_and_ways_against_the_usual_one(mod
     some = others[1]["flops"]  # guided at 4 of the 8 steps
     assert usual["flops"] < some < guided["flops"]
     assert sampler["flops"] == 0 and kept["flops"] < usual["flops"]
+
+
+@pytest.mark.slow  # it compiles
+@torch.no_grad()
+def test_a_compiled_model_is_held_against_the_usual_one_too(model):
+    one_pass = partial(model, torch.zeros(1, CONFIG.tokens, dtype=torch.long), torch.tensor([0]))
+    expected = 8 * flops_of(one_pass)[1]
+    row = sampling.one_compiled("tiny", model)
+    assert row["flops"] == expected and row["times"] > 0
 
 
 @torch.no_grad()

@@ -49,11 +49,12 @@ def paint(model, tokens, scale, order, labels=LABELS, seeds=SEEDS):
     return decode(function, tokens, config.mask_id, steps=6, seeds=seeds, order=place)
 
 
-def assert_equal_tokens(model, known, scale, order):
-    tokens, quick = start(model, known), fast(model)
-    plain = paint(model, tokens, scale, order)
-    assert torch.equal(paint(quick, tokens, scale, order), plain)
-    assert torch.equal(paint(quick, tokens, scale, order), plain)  # with what is kept by now
+def assert_equal_tokens(model, known, scale, order, count=5):
+    tokens, quick = start(model, known)[:count], fast(model)
+    several = tokens, scale, order, LABELS[:count], SEEDS[:count]
+    plain = paint(model, *several)
+    assert torch.equal(paint(quick, *several), plain)
+    assert torch.equal(paint(quick, *several), plain)  # with what is kept by now
     alone = paint(quick, tokens[3:4], scale, order, LABELS[3:4], SEEDS[3:4])
     assert torch.equal(alone, plain[3:4])
 
@@ -91,10 +92,11 @@ def test_logits_are_the_plain_ones_where_tokens_are_masked(architecture, heads, 
 
 
 @pytest.mark.parametrize("architecture", ["modern", "official"])
+@pytest.mark.parametrize("known", ["some", "other"])
 @torch.no_grad()
-def test_parts_that_fit_the_cache_make_one_batch(architecture):
+def test_parts_that_fit_the_cache_make_one_batch(architecture, known):
     model = random_model(architecture)
-    quick, tokens = fast(model), start(model, "other")
+    quick, tokens = fast(model), start(model, known)
     sizes, compute = [], type(quick.net).compute
 
     def counted(net, tokens, condition, at):
@@ -110,13 +112,20 @@ def test_parts_that_fit_the_cache_make_one_batch(architecture):
     assert sizes == [2, 2, 1]
 
 
-@pytest.mark.parametrize("architecture", ["modern", "official"])
-@torch.no_grad()
-def test_threads_with_parts_of_their_own_change_nothing(architecture, request):
+@pytest.fixture
+def two_threads(request):
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     torch.set_num_threads(2)
+    with patch.object(module, "threads_apart", torch.get_num_threads):  # on one processor too
+        yield
+
+
+@pytest.mark.parametrize("architecture", ["modern", "official"])
+@pytest.mark.parametrize("known", ["some", "other"])
+@torch.no_grad()
+def test_threads_have_parts_of_their_own_where_there_is_enough(architecture, known, two_threads):
     model = random_model(architecture)
-    quick, tokens = fast(model), start(model, "other")[:4]
+    quick, tokens = fast(model), start(model, known)[:4]
     dealt, one = [], 4 * (N + quick.net.extra) * quick.net.widest
 
     def seen(function, parts):
@@ -124,15 +133,25 @@ def test_threads_with_parts_of_their_own_change_nothing(architecture, request):
         dealt.append([len(part[0]) for part in parts])
         return by_threads(function, parts)
 
-    with patch.object(module, "ENOUGH", one), patch.object(module, "by_threads", seen):
+    with patch.object(module, "ENOUGH", 2 * one), patch.object(module, "by_threads", seen):
         logits = quick(tokens, LABELS[:4])
         with patch.object(module, "CACHE", 2 * one):  # an image for each
             quick(tokens, LABELS[:4])
         quick(tokens[:3], LABELS[:3])  # cannot be dealt out evenly
+        quick(tokens[:2], LABELS[:2])  # not enough
         quick(tokens[:0], LABELS[:0])
     assert dealt == [[2, 2], [1, 1, 1, 1]]
     masked = tokens == CODES
     torch.testing.assert_close(logits[masked], model(tokens, LABELS[:4])[masked])
+
+
+@pytest.mark.parametrize("architecture", ["modern", "official"])
+@pytest.mark.parametrize("known", ["none", "some", "other"])
+@pytest.mark.parametrize("scale", [0, 1])
+def test_tokens_are_the_same_from_threads_of_their_own(architecture, known, scale, two_threads):
+    model = random_model(architecture)
+    with patch.object(module, "ENOUGH", 1), patch.object(module, "CACHE", 1):
+        assert_equal_tokens(model, known, scale, "confidence", 4)
 
 
 @pytest.mark.parametrize("piece", [1, 48, 100, 10**9])

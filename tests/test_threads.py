@@ -4,11 +4,15 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from maskgit.threads import by_threads
+from maskgit.threads import by_threads, threads_apart, workers
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +37,7 @@ def test_results_come_in_order_each_from_a_thread_that_computes_alone_without_gr
 
 
 def test_other_threads_keep_theirs():
+    workers.cache_clear()
     by_threads(torch.neg, [(torch.ones(1),)])
     numbers = [torch.get_num_threads()]
     new = threading.Thread(target=lambda: numbers.append(torch.get_num_threads()))
@@ -51,15 +56,26 @@ def test_an_error_of_a_part_is_the_callers():
         by_threads(torch.add, [(torch.ones(2), torch.ones(2)), (torch.ones(2), torch.ones(3))])
 
 
+def test_none_compute_apart_where_they_would_be_other_than_their_caller():
+    affinity = "os.sched_getaffinity"
+    with patch(affinity, lambda process: {0, 1}, create=True):
+        assert threads_apart() == 2
+        with torch.autocast("cpu"):
+            assert threads_apart() == 1
+    with patch(affinity, lambda process: {0}, create=True):
+        assert threads_apart() == 1
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_has_threads_of_its_own():
-    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=120, cwd=ROOT)
 
 
 FORKS = """
 import os, torch
 from maskgit.threads import by_threads
 ones = [(torch.ones(1),)] * 3
+torch.set_num_threads(2)
 by_threads(torch.neg, ones)
 child = os.fork()
 negated = by_threads(torch.neg, ones)
