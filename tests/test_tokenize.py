@@ -20,6 +20,7 @@ from tiny_tokenizer import save_tokenizer, shards
 from maskgit.commands import main as entry
 from maskgit.commands.main import main
 from maskgit.common import UserError
+from maskgit.engine import tokenize
 from maskgit.engine.data import DataConfig, open_images
 from maskgit.engine.tokenize import cached
 from maskgit.engine.tokens import open_tokens
@@ -215,6 +216,23 @@ def test_a_kill_at_any_byte_leaves_nothing_that_looks_complete(size, tokenized, 
         assert not list(folder.glob(".*"))
 
 
+def never_done(begun):
+    """Hook: says by a file when it begins, heeding signals by then; of 12 shards that it might
+    write, none of the last two becomes whole."""
+
+    def cleaned(*arguments):
+        begun.touch()
+        clean(*arguments)
+
+    def written(path, content):
+        while path.name in ("tokens-00010.safetensors", "tokens-00011.safetensors"):
+            time.sleep(1)
+        write(path, content)
+
+    clean, write = tokenize._clean, tokenize._write
+    tokenize._clean, tokenize._write = cleaned, written
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0)])
 def test_whatever_stops_it_the_shards_become_those_of_a_run_in_one_go(processes, workers, tmp_path):
@@ -225,7 +243,6 @@ def test_whatever_stops_it_the_shards_become_those_of_a_run_in_one_go(processes,
     assert len(whole) == 12
     folder = tmp_path / "stopped" / "train"
     words = [*common.split(), tmp_path / "stopped"]
-    started = partial(Started, tmp_path, words, WORLD_SIZE=str(processes))
     there = {}
     for number, status, count in (
         (signal.SIGKILL, -signal.SIGKILL, 1),
@@ -234,8 +251,15 @@ def test_whatever_stops_it_the_shards_become_those_of_a_run_in_one_go(processes,
         (signal.SIGKILL, -signal.SIGKILL, 9),
         (None, 0, 12),
     ):
-        running = [started(RANK=str(rank)) for rank in range(processes)]
-        while number and len(shards(folder)) < count:
+        begun = [tmp_path / f"{rank} of {processes}, to {count}" for rank in range(processes)]
+        running = [
+            Started(
+                *(tmp_path, words, partial(never_done, file) if number else None),
+                **{"RANK": str(rank), "WORLD_SIZE": str(processes)},
+            )
+            for rank, file in enumerate(begun)
+        ]
+        while number and not (all(b.exists() for b in begun) and len(shards(folder)) >= count):
             assert all(process.lives for process in running)
             time.sleep(0.01)
         for process in running if number else ():
