@@ -41,13 +41,12 @@ def run(full: bool = False) -> Iterator[Row]:
         yield one_compiled("official", official)
 
 
-def unguided_and_guided(
-    name: str, model: MaskGIT, batch: int, guided: bool = True
-) -> Iterator[Row]:
+def unguided_and_guided(name: str, model: MaskGIT, batch: int, both: bool = True) -> Iterator[Row]:
+    """Rows for sampling without guidance and, where `both` are wanted, with it."""
     quick, labels = fast(model), some_labels(model, batch)
     usual = afresh(quick, sampled(quick, labels))
     yield measure(f"{name}, batch {batch}, 8 steps", usual)
-    if guided:
+    if both:
         function = afresh(quick, sampled(quick, labels, GUIDANCE))
         yield measure(f"{name}, batch {batch}, 8 steps, guided", function, against=usual)
 

@@ -86,6 +86,16 @@ def forked(tmp_path):
     return run
 
 
+@pytest.fixture
+def threads():
+    """`threads(n)` sets how many threads PyTorch has, until the test ends."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def new_environment(tmp_path_factory):
     """`new_environment()` makes a virtual environment and returns its folder of programs.

@@ -97,10 +97,9 @@ def test_the_limit_is_the_best_of_the_products_around_each_repeat():
     assert beside([5, 6, 9], [10, 10, 20, 40]) == 6 / 15  # of 5 / 10, 6 / 15, 9 / 30
 
 
-def test_the_rates_are_those_of_all_shapes(request):
+def test_the_rates_are_those_of_all_shapes(threads):
     """And of what threads had apart: as it is, for all threads together, and for each."""
-    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
-    torch.set_num_threads(2)
+    threads(2)
     with Shapes() as shapes:
         F.linear(torch.randn(300, 300), torch.randn(300, 300))
         F.linear(torch.randn(1, 2), torch.randn(2, 2))
@@ -109,11 +108,10 @@ def test_the_rates_are_those_of_all_shapes(request):
     assert [len(together), len(products_apart(shapes)())] == [2, 5] and min(together) > 0
 
 
-def test_what_threads_of_their_own_compute_is_counted(request):
-    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+def test_what_threads_of_their_own_compute_is_counted(threads):
     model = MaskGIT(CONFIG).eval()
     quick, tokens = fast(model), torch.zeros(4, CONFIG.tokens, dtype=torch.int64)
-    torch.set_num_threads(2)
+    threads(2)
     with patch("maskgit.fast.ENOUGH", 1), patch("maskgit.fast.threads_apart", lambda: 2):
         apart = measure("so", lambda: quick(tokens, tokens[:, 0]), 1)["flops"]
     assert apart == flops_of(lambda: quick(tokens, tokens[:, 0]))[1] > 0

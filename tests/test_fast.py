@@ -1,6 +1,5 @@
 """The fast path gives the plain path's tokens, whatever the batch, and the plain path's logits."""
 
-from functools import partial
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -113,9 +112,8 @@ def test_parts_that_fit_the_cache_make_one_batch(architecture, known):
 
 
 @pytest.fixture
-def two_threads(request):
-    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
-    torch.set_num_threads(2)
+def two_threads(threads):
+    threads(2)
     with patch.object(module, "threads_apart", torch.get_num_threads):  # on one processor too
         yield
 

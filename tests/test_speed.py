@@ -137,13 +137,11 @@ def test_two_processes_are_as_much_work_as_one(tmp_path):
 
 
 @pytest.mark.slow  # it compiles
-def test_a_compiled_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, request):
+def test_a_compiled_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, threads):
     """Counted steps run uncompiled: they must be the same ones in both. On one thread: on several,
     compiled code adds in any order, and no two runs are the same."""
     monkeypatch.setattr(speed, "APART", 10)
-    threads = torch.get_num_threads()
-    request.addfinalizer(lambda: torch.set_num_threads(threads))
-    torch.set_num_threads(1)
+    threads(1)
     config = TrainConfig(steps=14, batch_size=4, warmup=2, compile=True, **QUIET)
 
     def stopped(start):

@@ -1,25 +1,20 @@
 """Parts of a batch on threads of their own: each computes alone, and nobody else notices."""
 
 import os
-import subprocess
 import sys
 import threading
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import ROOT, execute
 
 from maskgit.threads import by_threads, threads_apart, workers
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(autouse=True)
-def two_threads(request):
-    before = torch.get_num_threads()
-    request.addfinalizer(lambda: torch.set_num_threads(before))
-    torch.set_num_threads(2)
+def two_threads(threads):
+    threads(2)
 
 
 def test_results_come_in_order_each_from_a_thread_that_computes_alone_without_gradients():
@@ -68,7 +63,8 @@ def test_none_compute_apart_where_they_would_be_other_than_their_caller():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_has_threads_of_its_own():
-    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=120, cwd=ROOT)
+    done = execute(sys.executable, "-c", FORKS, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 FORKS = """
